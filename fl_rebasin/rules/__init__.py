@@ -1,0 +1,17 @@
+"""One rule an operator: how axes pass through it. One operator family a file.
+
+A rule is called with the tracer, the operator, its arguments and its result; it states equations
+between axes (`unify`, `pin`), assigns the axes of the result, and returns True. Returning False,
+like having no rule at all, pins everything that the operator touches.
+"""
+
+from fl_rebasin.rules.linear import LINEAR
+from fl_rebasin.rules.norms import NORMS
+from fl_rebasin.rules.pointwise import POINTWISE, pointwise
+from fl_rebasin.rules.reductions import REDUCTIONS
+from fl_rebasin.rules.shapes import SHAPES
+from fl_rebasin.rules.spatial import SPATIAL
+
+RULES = {**POINTWISE, **LINEAR, **NORMS, **SPATIAL, **SHAPES, **REDUCTIONS}
+
+__all__ = ["RULES", "pointwise"]
