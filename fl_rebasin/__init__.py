@@ -1,5 +1,41 @@
-"""Permutation-aligned model merging for federated learning with Flower."""
+"""Permutation-aligned model merging for federated learning with Flower.
 
+`ReBasinStrategy` and the other names that need Flower are in `fl_rebasin.flower`, and offered
+here too; they are imported on first use, so that the core works without Flower.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fl_rebasin.batchnorm import recalibrate_batchnorm
+from fl_rebasin.matching import Match, match_weights
+from fl_rebasin.merging import Merge, interpolate, merge_many
+from fl_rebasin.metrics import Barrier, barrier
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
 from fl_rebasin.trace import derive_spec
-__all__ = ["Permutation", "PermutationSpec", "SpecError", "derive_spec"]
+
+if TYPE_CHECKING:
+    from fl_rebasin.flower import ReBasinStrategy
+
+__all__ = [
+    "Barrier",
+    "Match",
+    "Merge",
+    "Permutation",
+    "PermutationSpec",
+    "ReBasinStrategy",
+    "SpecError",
+    "barrier",
+    "derive_spec",
+    "interpolate",
+    "match_weights",
+    "merge_many",
+    "recalibrate_batchnorm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ReBasinStrategy":
+        from fl_rebasin.flower import ReBasinStrategy
+
+        return ReBasinStrategy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ DRAWS = 2
 Call = Callable[[nn.Module, Any], Any]
 
 
-class CheckFailure(Exception):
+class CheckFailedError(Exception):
     """A random permutation changed the model's function."""
 
 
@@ -82,12 +82,12 @@ def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
                 scale = float(tensor.double().std()) if tensor.numel() > 1 else 0.0
-                tensor += ((scale or 0.5) * 0.3 * noise).to(tensor)
+                tensor.add_((scale or 0.5) * 0.3 * noise.to(tensor))
         for tensor in twin.buffers():
             if tensor.is_floating_point():
                 # Variances must stay positive.
                 noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor += (0.3 * noise).to(tensor)
+                tensor.add_(0.3 * noise.to(tensor))
     return twin
 
 
@@ -146,13 +146,11 @@ def worst_error(
     return worst, tolerance
 
 
-def self_check(
-    spec: PermutationSpec, model: nn.Module, example_inputs: Any, call: Call
-) -> float:
+def self_check(spec: PermutationSpec, model: nn.Module, example_inputs: Any, call: Call) -> float:
     """Return the largest relative error over random permutations.
 
     Raises:
-        CheckFailure: an error is above the tolerance.
+        CheckFailedError: an error is above the tolerance.
     """
     generator = torch.Generator().manual_seed(3)
     worst = 0.0
@@ -160,7 +158,7 @@ def self_check(
         perm = spec.random(generator)
         error, tolerance = worst_error(spec, model, example_inputs, call, perm)
         if not error < tolerance:
-            raise CheckFailure(f"relative error {error:.1e}, allowed {tolerance:.0e}")
+            raise CheckFailedError(f"relative error {error:.1e}, allowed {tolerance:.0e}")
         worst = max(worst, error)
     return worst
 

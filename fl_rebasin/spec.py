@@ -45,6 +45,7 @@ class Cat:
 
     @property
     def size(self) -> int:
+        """Number of places."""
         return sum(part.size for part in self.parts)
 
 
@@ -56,6 +57,7 @@ class Prod:
 
     @property
     def size(self) -> int:
+        """Number of places."""
         return math.prod(factor.size for factor in self.factors)
 
 

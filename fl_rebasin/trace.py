@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fl_rebasin.rules import RULES, pointwise
-from fl_rebasin.selfcheck import CheckFailure, guilty_groups, random_inputs, self_check
+from fl_rebasin.selfcheck import CheckFailedError, guilty_groups, random_inputs, self_check
 from fl_rebasin.spec import Axis, Cat, Fixed, Group, PermutationSpec, Prod, SpecError, groups_of
 from fl_rebasin.unify import Join, Product, Term, Unknown, pin, resolve
 
@@ -119,7 +119,7 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
         try:
             self_check(spec, model, example_inputs, call)
             return spec
-        except CheckFailure as failure:
+        except CheckFailedError as failure:
             guilty = guilty_groups(spec, model, example_inputs, call)
             if not guilty:
                 raise SpecError(f"no permutation keeps this model's function: {failure}") from None
@@ -131,7 +131,7 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
 def _trace(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
     """Run the model under a `Tracer` and read the spec off the solved equations."""
     twin = copy.deepcopy(model)
-    named = dict(twin.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(twin.named_parameters(remove_duplicate=False))
     named |= dict(twin.named_buffers(remove_duplicate=False))
     stored = {}
     for key, value in twin.state_dict().items():
@@ -186,9 +186,7 @@ def describe_inputs(inputs: Any) -> str:
     return str(shown)
 
 
-def _read_off(
-    terms: Mapping[str, tuple[Term, ...]], learnable: tuple[str, ...]
-) -> PermutationSpec:
+def _read_off(terms: Mapping[str, tuple[Term, ...]], learnable: tuple[str, ...]) -> PermutationSpec:
     """Turn solved unknowns into named groups."""
     names: dict[int, Group] = {}
     taken: set[str] = set()

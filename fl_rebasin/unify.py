@@ -134,9 +134,8 @@ def _solve(left: Term, right: Term) -> bool:
             assert reason is not None
             pin(right, reason)
             return True
-        case (Product(), Product()):
-            assert isinstance(left, Product) and isinstance(right, Product)
-            size = min(left.factors[0].size, right.factors[0].size)
+        case Product(factors=ours), Product(factors=theirs):
+            size = min(ours[0].size, theirs[0].size)
             return _solve_halves(factor(left, size), factor(right, size))
         case _:
             size = min(part.parts[0].size for part in (left, right) if isinstance(part, Join))

@@ -1,0 +1,197 @@
+"""BatchNorm statistics of a merged model, re-estimated where the data are: on the clients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore import log
+from torch import nn
+
+from fl_rebasin.batchnorm import (
+    LayerStatistics,
+    batchnorm_layers,
+    batchnorm_statistics,
+    pool_statistics,
+    with_statistics,
+)
+
+ACTION = "rebasin_batchnorm"
+MESSAGE_TYPE = f"query.{ACTION}"
+MAX_COUNT = 10**15
+"""More values a channel than any client can have seen: a reply above it is dropped."""
+
+LoadFn = Callable[[Context], tuple[nn.Module, Iterable[Any]]]
+
+
+def add_batchnorm_handler(app: ClientApp, load: LoadFn) -> None:
+    """Let a ClientApp answer the server's question for BatchNorm statistics.
+
+    Args:
+        app: the ClientApp; gets a query handler for the action `rebasin_batchnorm`.
+        load: returns the client's model (any weights) and batches of its local inputs: tensors,
+            or tuples and lists whose first item is the input. Labels are not used.
+
+    Example:
+        >>> app = ClientApp()
+        >>> add_batchnorm_handler(app, lambda context: (nn.BatchNorm1d(2), [torch.rand(8, 2)]))
+    """
+
+    @app.query(ACTION)
+    def statistics(message: Message, context: Context) -> Message:
+        model, batches = load(context)
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        arrays = ArrayRecord()
+        for name, layer in batchnorm_statistics(model, batches).items():
+            arrays[f"{name}.count"] = Array(np.array([layer.count], dtype=np.int64))
+            arrays[f"{name}.mean"] = Array(layer.mean.numpy())
+            arrays[f"{name}.variance"] = Array(layer.variance.numpy())
+        return Message(RecordDict({"statistics": arrays}), reply_to=message)
+
+
+def _read(reply: Message, channels: dict[str, int]) -> dict[str, LayerStatistics]:
+    """Return a reply's statistics.
+
+    Raises:
+        ValueError: the reply is an error, or not what was asked for.
+    """
+    if reply.has_error():
+        raise ValueError(reply.error.reason)
+    record = reply.content.array_records["statistics"]
+    statistics = {}
+    for name, size in channels.items():
+        count = record[f"{name}.count"].numpy()
+        mean, variance = record[f"{name}.mean"].numpy(), record[f"{name}.variance"].numpy()
+        if count.shape != (1,) or mean.shape != (size,) or variance.shape != (size,):
+            raise ValueError(f"{name}: expected {size} channels, got {mean.shape}")
+        if count.dtype.kind != "i" or not 0 < int(count[0]) <= MAX_COUNT:
+            raise ValueError(f"{name}: {count[0]} is no number of values")
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
+            raise ValueError(f"{name}: mean or variance is not finite, or a variance is negative")
+        statistics[name] = LayerStatistics(
+            int(count[0]),
+            torch.from_numpy(mean.astype(np.float64)),
+            torch.from_numpy(variance.astype(np.float64)),
+        )
+    return statistics
+
+
+def recalibrate_on_clients(
+    grid: Grid,
+    node_ids: Sequence[int],
+    model: nn.Module,
+    arrays: ArrayRecord,
+    timeout: float = 3600,
+) -> tuple[ArrayRecord, dict[str, float | int]]:
+    """Ask clients for BatchNorm statistics of a model and pool the answers exactly.
+
+    Args:
+        grid: the ServerApp's grid.
+        node_ids: clients to ask; each needs `add_batchnorm_handler`.
+        model: a module of the architecture, any weights; one without BatchNorm costs no message.
+        arrays: the model's state dict.
+        timeout: seconds to wait for the answers.
+
+    Returns:
+        The arrays with new running statistics (unchanged if nobody answered well), and metrics:
+        `batchnorm-clients` (answers pooled), `batchnorm-seconds`.
+    """
+    channels = {name: layer.num_features for name, layer in batchnorm_layers(model).items()}
+    if not channels:
+        return arrays, {}
+    started = time.perf_counter()
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord()})
+    messages = [
+        Message(content=content, message_type=MESSAGE_TYPE, dst_node_id=node_id)
+        for node_id in node_ids
+    ]
+    good = []
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        try:
+            good.append(_read(reply, channels))
+        except Exception as error:  # A client may send anything; none of it may end the run.
+            log(
+                WARNING,
+                "BatchNorm statistics of node %s dropped: %s (a ClientApp answers this query "
+                "after fl_rebasin.flower.add_batchnorm_handler(app, ...))",
+                reply.metadata.src_node_id,
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+            )
+    metrics = {
+        "batchnorm-clients": len(good),
+        "batchnorm-seconds": time.perf_counter() - started,
+    }
+    log(INFO, "BatchNorm statistics pooled from %s of %s clients", len(good), len(messages))
+    if not good:
+        return arrays, metrics
+    state_dict = with_statistics(arrays.to_torch_state_dict(), pool_statistics(good))
+    return ArrayRecord(state_dict), metrics
+
+
+class BatchNormRecalibration(Strategy):
+    """Wraps a strategy: re-estimates the BatchNorm statistics of its model after each round.
+
+    `ReBasinStrategy` does so by itself; this is the same without alignment.
+
+    Args:
+        strategy: any Flower strategy; `FedAvg()` by default.
+        model: a module of the federation's architecture, any weights.
+    """
+
+    def __init__(self, strategy: Strategy | None = None, *, model: nn.Module) -> None:
+        self.strategy = strategy if strategy is not None else FedAvg()
+        self.model = model
+        self._grid: Grid | None = None
+        self._node_ids: list[int] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy choose; remember whom it chose."""
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self._grid = grid
+        self._node_ids = [message.metadata.dst_node_id for message in messages]
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate with the wrapped strategy, then ask the round's clients for statistics."""
+        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        if arrays is None or self._grid is None:
+            return arrays, metrics
+        arrays, own = recalibrate_on_clients(self._grid, self._node_ids, self.model, arrays)
+        return arrays, MetricRecord({**(metrics or {}), **own})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the wrapped strategy."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """As the wrapped strategy."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Log what is wrapped."""
+        log(INFO, "\t├──> BatchNorm statistics re-estimated on the clients")
+        self.strategy.summary()

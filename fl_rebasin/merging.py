@@ -1,0 +1,227 @@
+"""N models into one: permutation-aligned weighted averaging (MergeMany)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_rebasin.matching import (
+    MAX_SWEEPS,
+    Matcher,
+    best_match,
+    check_finite,
+    cosine,
+    weights_of,
+)
+from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The result of merging N models.
+
+    Attributes:
+        state_dict: the weighted mean of the permuted models; keys, dtypes and order of the first.
+        permutations: one for each model, in the order given.
+        similarity: weighted mean cosine of the permuted models to the merged one.
+        similarity_before: the same for the models as they came and their plain mean.
+        sweeps: sweeps over all groups, summed over the models.
+    """
+
+    state_dict: dict[str, Tensor]
+    permutations: tuple[Permutation, ...]
+    similarity: float
+    similarity_before: float
+    sweeps: int
+
+    @property
+    def moved(self) -> int:
+        """Number of units that changed place, summed over the models."""
+        return sum(permutation.moved for permutation in self.permutations)
+
+
+def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return weights that sum to 1; equal ones for None.
+
+    Raises:
+        ValueError: no models, a wrong number of weights, or one that is negative, not finite, or
+            all zero.
+    """
+    if count == 0:
+        raise ValueError("no models to merge")
+    if weights is None:
+        return [1.0 / count] * count
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} weights for {count} models")
+    bad = [weight for weight in weights if not 0 <= weight < float("inf")]
+    if bad:
+        raise ValueError(f"weights must be finite and not negative, got {bad[0]}")
+    total = float(sum(weights))
+    if total == 0:
+        raise ValueError("all weights are 0: give at least one model a positive weight")
+    return [float(weight) / total for weight in weights]
+
+
+def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -> dict[str, Tensor]:
+    """Return the weighted mean of state dicts with equal keys and shapes.
+
+    Sums run in float64; dtypes are kept, integers are rounded.
+    """
+    shares = normalised(weights, len(state_dicts))
+    merged = {}
+    for key, first in state_dicts[0].items():
+        total = sum(
+            share * state_dict[key].detach().double()
+            for share, state_dict in zip(shares, state_dicts, strict=True)
+        )
+        assert isinstance(total, Tensor)
+        exact = first.is_floating_point() or first.is_complex()
+        merged[key] = (total if exact else total.round()).to(first.dtype)
+    return merged
+
+
+def _combine(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted sum of models, in their own dtype."""
+    return {
+        key: torch.stack(
+            [share * model[key] for share, model in zip(shares, models, strict=True)]
+        ).sum(0)
+        for key in models[0]
+    }
+
+
+def align_many(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    gauge: StateDict | None = None,
+) -> tuple[tuple[Permutation, ...], int]:
+    """Find permutations that bring N models together; return them and the sweeps needed.
+
+    The same as `merge_many` without the average: for callers that average otherwise.
+    """
+    shares = normalised(weights, len(state_dicts))
+    for place, state_dict in enumerate(state_dicts):
+        check_finite(spec, state_dict, f"model {place}")
+    models = [weights_of(spec, state_dict) for state_dict in state_dicts]
+    # First everybody to the heaviest model: descent from the models as they came stays stuck
+    # when some of them are aligned among themselves.
+    reference = max(range(len(models)), key=lambda place: (shares[place], -place))
+    permutations = [spec.identity() for _ in models]
+    sweeps = 0
+    for place, model in enumerate(models):
+        if place != reference:
+            matcher, used = best_match(spec, models[reference], model)
+            models[place], permutations[place] = matcher.weights, matcher.permutation
+            sweeps += used
+    # Then each to the mean of the others, until nobody moves. Two models have met already.
+    if len(models) > 2:
+        total = _combine(models, shares)
+        for _ in range(MAX_SWEEPS):
+            moved = False
+            for place, share in enumerate(shares):
+                others = {key: total[key] - share * models[place][key] for key in total}
+                matcher = Matcher(spec, others, models[place])
+                sweeps += matcher.descend()
+                if matcher.permutation.is_identity:
+                    continue
+                moved = True
+                permutations[place] = matcher.permutation.compose(permutations[place])
+                models[place] = matcher.weights
+                total = {key: others[key] + share * models[place][key] for key in total}
+            if not moved:
+                break
+    if gauge is not None:
+        check_finite(spec, gauge, "gauge")
+        matcher, used = best_match(spec, weights_of(spec, gauge), _combine(models, shares))
+        permutations = [matcher.permutation.compose(each) for each in permutations]
+        sweeps += used
+    return tuple(permutations), sweeps
+
+
+def merge_many(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    gauge: StateDict | None = None,
+) -> Merge:
+    """Permute N models into one basin and return their weighted mean.
+
+    Maximises `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, which is the same as minimising the
+    weighted variance around the merged model: first every model is matched to the heaviest one,
+    then each in turn to the weighted mean of the others.
+
+    Args:
+        spec: spec of all models.
+        state_dicts: the models, N >= 1; not changed.
+        weights: one weight a model (for example its number of training examples), any scale;
+            equal ones by default.
+        gauge: a state dict whose unit order the merged model shall take, for example the global
+            model of the last round; by default that of the heaviest model.
+
+    Raises:
+        SpecError: a model does not fit the spec, or holds NaN or infinite weights.
+        ValueError: no models, or bad weights.
+
+    Source: Git Re-Basin, Algorithm 3 (MergeMany), with weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from fl_rebasin import derive_spec
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> spec = derive_spec(net, torch.zeros(1, 4))
+        >>> copies = [spec.apply(spec.random(torch.Generator().manual_seed(i)), net.state_dict())
+        ...           for i in range(3)]
+        >>> merge = merge_many(spec, copies, weights=[1, 2, 3])
+        >>> bool(torch.allclose(merge.state_dict["0.weight"], copies[2]["0.weight"]))
+        True
+    """
+    permutations, sweeps = align_many(spec, state_dicts, weights, gauge)
+    aligned = [
+        spec.apply(permutation, state_dict)
+        for permutation, state_dict in zip(permutations, state_dicts, strict=True)
+    ]
+    merged = average(aligned, weights)
+    shares = normalised(weights, len(state_dicts))
+    return Merge(
+        state_dict=merged,
+        permutations=permutations,
+        similarity=mean_similarity(spec, aligned, merged, shares),
+        similarity_before=mean_similarity(spec, state_dicts, average(state_dicts, weights), shares),
+        sweeps=sweeps,
+    )
+
+
+def mean_similarity(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    centre: StateDict,
+    shares: Sequence[float],
+) -> float:
+    """Return the weighted mean cosine of models to a centre, over the learnable parameters."""
+    middle = weights_of(spec, centre)
+    return sum(
+        share * cosine(weights_of(spec, state_dict), middle)
+        for share, state_dict in zip(shares, state_dicts, strict=True)
+    )
+
+
+def interpolate(left: StateDict, right: StateDict, lam: float) -> dict[str, Tensor]:
+    """Return `(1 - lam) * left + lam * right`, key by key; dtypes are kept, integers rounded.
+
+    Args:
+        left: state dict at `lam = 0`.
+        right: state dict at `lam = 1`, with the same keys and shapes.
+        lam: place on the line, in [0, 1].
+
+    Raises:
+        ValueError: `lam` is outside [0, 1], or the keys differ.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must be in [0, 1], got {lam}")
+    if odd := sorted(left.keys() ^ right.keys()):
+        raise ValueError(f"the state dicts differ in their keys: only one of them has {odd[:3]}")
+    return average([left, right], [1 - lam, lam])

@@ -1,0 +1,117 @@
+"""Loss barrier, joint accuracy and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fl_rebasin.merging import interpolate
+from fl_rebasin.spec import StateDict
+
+LAMBDAS = 25
+"""Number of points on the line between two models, ends included."""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """How much worse a quantity is between two models than the straight line says.
+
+    Attributes:
+        height: max over lambda of `L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`, at least 0.
+        lambdas: the points, from 0 to 1.
+        values: `L` at each point.
+    """
+
+    height: float
+    lambdas: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @property
+    def midpoint(self) -> float:
+        """`L` halfway."""
+        return self.values[len(self.values) // 2]
+
+
+def height(values: Sequence[float]) -> float:
+    """Return the barrier of a curve over equally spaced points; loss-like: lower is better."""
+    last = len(values) - 1
+    line = [values[0] + (values[-1] - values[0]) * place / last for place in range(last + 1)]
+    return max(0.0, *(value - below for value, below in zip(values, line, strict=True)))
+
+
+def barrier(
+    loss: Callable[[Mapping[str, Tensor]], float],
+    left: StateDict,
+    right: StateDict,
+    points: int = LAMBDAS,
+) -> Barrier:
+    """Measure the barrier between two models.
+
+    Args:
+        loss: maps a state dict to a quantity of which less is better (for accuracy: the error).
+        left: state dict at lambda 0.
+        right: state dict at lambda 1.
+        points: number of points, ends included; at least 3.
+
+    Raises:
+        ValueError: fewer than 3 points, or state dicts with different keys.
+
+    Source: Frankle et al. (2020), definition 2.1 as in Git Re-Basin.
+
+    Example:
+        >>> zero, two = {"x": torch.zeros(1)}, {"x": 2 * torch.ones(1)}
+        >>> barrier(lambda model: 1 - float(abs(model["x"] - 1)), zero, two).height
+        1.0
+    """
+    if points < 3:
+        raise ValueError(f"a barrier needs at least 3 points, got {points}")
+    lambdas = tuple(place / (points - 1) for place in range(points))
+    values = tuple(float(loss(interpolate(left, right, lam))) for lam in lambdas)
+    return Barrier(height(values), lambdas, values)
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the share of rows whose largest entry is the label, in [0, 1].
+
+    Args:
+        probabilities: shape `(n, classes)`; logits do as well.
+        labels: int64, shape `(n,)`.
+    """
+    return float((probabilities.argmax(1) == labels).double().mean())
+
+
+def log_loss(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the mean negative log-likelihood in nats.
+
+    Args:
+        probabilities: shape `(n, classes)`, rows sum to 1.
+        labels: int64, shape `(n,)`.
+    """
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return float(F.nll_loss(probabilities.clamp_min(tiny).log(), labels))
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Return the gap between top-label confidence and accuracy, weighted over equal-width bins.
+
+    Args:
+        probabilities: shape `(n, classes)`, rows sum to 1.
+        labels: int64, shape `(n,)`.
+        bins: number of bins over [0, 1].
+
+    Source: Guo et al. (2017), equation 3.
+
+    Example:
+        >>> expected_calibration_error(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        0.5
+    """
+    confidence, predicted = probabilities.double().max(1)
+    hit = (predicted == labels).double()
+    # Bins are half-open on the left, so that a confidence of 1 falls in the last one.
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, confidence - hit)
+    return float(gap.abs().sum() / len(labels))

@@ -1,0 +1,1 @@
+"""What the simulation scripts share: data sets, client splits, models."""

@@ -1,0 +1,51 @@
+"""What a run does where the user does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiment.training import Recipe
+
+DEFAULT_NORMS = {"conv": "batch", "resnet20": "layer", "mlp": "none"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The part of `Settings` that a preset fills in, under the same names."""
+
+    model: str
+    norm: str
+    width: int
+    epochs: int
+    round_epochs: int
+    curve_images: int
+    recipe: Recipe
+
+
+_DIGITS = Recipe(learning_rate=1e-3, batch_size=50, flip=False)
+
+PRESETS = {
+    # (preset, data set)
+    ("quick", "cifar100"): Preset(
+        model="conv",
+        norm="batch",
+        width=32,
+        epochs=5,
+        round_epochs=1,
+        curve_images=1000,
+        recipe=Recipe(learning_rate=1e-2, batch_size=125, flip=True),
+    ),
+    ("quick", "digits"): Preset("mlp", "none", 512, 30, 3, 0, _DIGITS),
+    # Git Re-Basin's CIFAR net: ResNet-20, LayerNorm, wide.
+    ("paper", "cifar100"): Preset(
+        model="resnet20",
+        norm="layer",
+        width=8,
+        epochs=100,
+        round_epochs=5,
+        curve_images=0,
+        recipe=Recipe(learning_rate=2e-3, batch_size=250, flip=True),
+    ),
+    ("paper", "digits"): Preset("mlp", "none", 512, 100, 10, 0, _DIGITS),
+}
+"""Keyed by preset and data set."""

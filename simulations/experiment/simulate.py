@@ -1,0 +1,72 @@
+"""The experiment on Flower's simulation engine: Ray runs the clients, this process serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from rich.console import Console
+
+from experiment.client import make_client_app
+from experiment.comparison import compare
+from experiment.data import Dataset
+from experiment.progress import progress_bars
+from experiment.settings import Settings
+
+
+def simulate(
+    settings: Settings, dataset: Dataset, console: Console, log_file: Path
+) -> list[dict[str, Any]]:
+    """Run all seeds; return one entry of `runs` each.
+
+    Args:
+        settings: The experiment.
+        dataset: Its data, loaded.
+        console: Where the progress bars are drawn.
+        log_file: Where Flower's log goes.
+
+    Raises:
+        FederationError: A client failed.
+    """
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // settings.clients)
+    gpus = torch.cuda.device_count()
+    share_of_gpu = min(1.0, gpus / min(settings.clients, cores))
+    runs: list[dict[str, Any]] = []
+    server_app = ServerApp()
+    with tempfile.TemporaryDirectory(prefix="fl-rebasin-") as folder:
+        progress = Path(folder)
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            runs.extend(compare(settings, dataset, grid, seed, progress) for seed in settings.seeds)
+
+        _log_to(log_file)
+        with progress_bars(progress, console):
+            run_simulation(
+                server_app=server_app,
+                client_app=make_client_app(settings, progress, threads),
+                num_supernodes=settings.clients,
+                backend_config={
+                    "init_args": {"num_cpus": cores, "log_to_driver": False},
+                    "client_resources": {"num_cpus": threads, "num_gpus": share_of_gpu},
+                },
+            )
+    return runs
+
+
+def _log_to(path: Path) -> None:
+    """Send Flower's log to a file: the screen belongs to the progress bars."""
+    logger = logging.getLogger("flwr")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(path, mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)

@@ -1,0 +1,147 @@
+"""Training and evaluation of one model on one device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiment.data import Dataset
+
+EVALUATION_BATCH = 500
+STATISTICS_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: Adam with a one-cycle learning rate (Smith and Topin, 2019).
+
+    Attributes:
+        learning_rate: Peak of the cycle.
+        batch_size: Images a step; a smaller last batch of an epoch is left out if others remain.
+        flip: Whether images are mirrored at random.
+    """
+
+    learning_rate: float
+    batch_size: int
+    flip: bool
+
+
+def pick_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return bfloat16 autocast where the processor computes in it, else float32.
+
+    A processor without bfloat16 instructions emulates them, many times slower.
+    """
+    native = device.type == "cuda" or any(
+        torch.cpu.get_capabilities().get(name, False)
+        for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    recipe: Recipe,
+    epochs: int,
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> float:
+    """Train a model in place.
+
+    Args:
+        model: Left on the CPU, in training mode.
+        dataset: Knows how to normalise its images.
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+        recipe: Optimiser and augmentation.
+        epochs: Passes over the images.
+        seed: Seeds the order of the images and the augmentation.
+        on_step: Called after each step with the steps done and to be done.
+
+    Returns:
+        Mean training loss of the last epoch, in nats.
+    """
+    device = pick_device()
+    generator = torch.Generator().manual_seed(seed)
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images, labels = images.to(device), labels.to(device)
+    batch = min(recipe.batch_size, len(labels))
+    per_epoch = len(labels) // batch
+    total = epochs * per_epoch
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=recipe.learning_rate, total_steps=total, pct_start=0.25
+    )
+    losses: list[Tensor] = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        losses.clear()
+        for step in range(per_epoch):
+            chosen = order[step * batch : (step + 1) * batch]
+            inputs = dataset.normalise(images[chosen])
+            if recipe.flip:
+                mirrored = (torch.rand(batch, 1, 1, 1, generator=generator) < 0.5).to(device)
+                inputs = torch.where(mirrored, inputs.flip(3), inputs)
+            inputs = inputs.to(memory_format=torch.channels_last)
+            with mixed_precision(device):
+                loss = functional.cross_entropy(model(inputs), labels[chosen])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.detach())
+            on_step(epoch * per_epoch + step + 1, total)
+    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return float(torch.stack(losses).mean())
+
+
+def predict(model: nn.Module, dataset: Dataset, images: Tensor) -> Tensor:
+    """Return the logits of a model in evaluation mode.
+
+    Args:
+        model: Moved to the best device for the run.
+        dataset: Knows how to normalise its images.
+        images: uint8, shape (N, C, H, W).
+
+    Returns:
+        float32, shape (N, num_classes), on the CPU.
+    """
+    device = pick_device()
+    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    with torch.no_grad(), mixed_precision(device):
+        return torch.cat(
+            [
+                model(dataset.normalise(part.to(device)).to(memory_format=torch.channels_last))
+                .float()
+                .cpu()
+                for part in images.split(EVALUATION_BATCH)
+            ]
+        )
+
+
+def statistics_batches(dataset: Dataset, images: Tensor, limit: int, seed: int) -> Iterator[Tensor]:
+    """Yield normalised batches of randomly chosen images, for BatchNorm statistics.
+
+    Args:
+        dataset: Knows how to normalise its images.
+        images: uint8, shape (N, C, H, W).
+        limit: At most so many images.
+        seed: Seeds the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images), generator=generator)[:limit]
+    for part in chosen.split(STATISTICS_BATCH):
+        # BatchNorm has no variance over a single image of one pixel a channel.
+        if len(part) > 1 or len(chosen) == 1:
+            yield dataset.normalise(images[part])
