@@ -33,7 +33,7 @@ def assign(similarity: Tensor) -> Tensor:
     matrix = similarity.double().cpu().numpy()
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     gain = float(matrix[rows, columns].sum() - matrix.trace())
-    scale = float(abs(matrix).max()) * len(matrix)
+    scale = float(abs(matrix).max(initial=0.0)) * len(matrix)
     if gain <= 1e-12 * scale:
         return torch.arange(len(matrix))
     return torch.from_numpy(columns)

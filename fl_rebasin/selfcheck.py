@@ -36,10 +36,10 @@ class _NoDropout(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name in ("bernoulli_", "bernoulli") and not isinstance(args[1:] and args[1], Tensor):
-            chance = args[1] if len(args) > 1 else kwargs.get("p")
-            if isinstance(chance, float):
-                return args[0].fill_(chance) if name == "bernoulli_" else args[0] * 0 + chance
+        if name == "bernoulli_":
+            # The operator leaves its default out of the arguments.
+            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return args[0].copy_(torch.as_tensor(chance))
         return func(*args, **kwargs)
 
 

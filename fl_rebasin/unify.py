@@ -126,8 +126,6 @@ def _solve(left: Term, right: Term) -> bool:
             left.bound = right
             return True
         case Unknown(reason=None), _:
-            if any(leaf is left for leaf in leaves(right)):
-                return False
             left.bound = right
             return True
         case Unknown(reason=reason), _:

@@ -32,6 +32,8 @@ from experiment.settings import Settings
 from experiment.simulate import simulate
 from rich.console import Console
 
+TABLE_WIDTH = 124
+
 
 class Parser(argparse.ArgumentParser):
     """Tells a wrong option in one line."""
@@ -192,6 +194,8 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
 def run(argv: list[str]) -> None:
     """Do everything; raise `UserError` for a wrong input before anything is written."""
     console = Console()
+    # The table needs the room; a narrower screen wraps or scrolls it.
+    wide = Console(width=max(console.width, TABLE_WIDTH))
     options = parse(argv)
     check_numbers(options)
     dataset = load_dataset(options.dataset, options.data_dir)
@@ -219,7 +223,7 @@ def run(argv: list[str]) -> None:
     }
     write_json(options.out / "results.json", results)
     draw_interpolation(options.out / "interpolation.png", results)
-    print_table(console, results)
+    print_table(wide, results)
     console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
 
 

@@ -4,8 +4,6 @@ import hashlib
 import io
 import pickle
 import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -21,19 +19,7 @@ from experiment.data import Dataset, load_dataset
 from experiment.errors import UserError
 from torchvision.datasets import CIFAR100
 
-PACKED_DATA = Path(__file__).parents[2] / "shared" / "data"
 BOTH_CHOICES = pytest.mark.parametrize("choice", ["auto", "cifar100"])
-
-
-@pytest.fixture(scope="session")
-def cifar_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the published CIFAR-100 files."""
-    if not (PACKED_DATA / "unpack.py").is_file():
-        pytest.skip("the packed CIFAR-100 is not beside this checkout")
-    folder = tmp_path_factory.mktemp("cifar100")
-    command = [sys.executable, str(PACKED_DATA / "unpack.py"), str(folder), "--only", "cifar100"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -250,6 +250,8 @@ def _like(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
         array, dtype = arrays[key], np.dtype(wanted.dtype)
         if np.dtype(array.dtype) != dtype:
             values = array.numpy()
-            array = Array((values if dtype.kind in "fc" else np.rint(values)).astype(dtype))
+            # np.rint makes a bare number of an array without axes.
+            rounded = values if dtype.kind in "fc" else np.asarray(np.rint(values))
+            array = Array(rounded.astype(dtype))
         cast[key] = array
     return ArrayRecord(cast)

@@ -22,12 +22,12 @@ from matplotlib import pyplot as plt
 
 PACKAGES = ("fl-rebasin", "flwr", "torch", "torchvision", "ray", "numpy", "scipy")
 COLUMNS = {
-    "joint_accuracy": ("accuracy %", 100),
+    "joint_accuracy": ("acc. %", 100),
     "joint_loss": ("loss", 1),
     "ece": ("ECE %", 100),
     "part_accuracy": ("", 100),
     "loss_barrier": ("loss barrier", 1),
-    "accuracy_barrier": ("accuracy barrier %", 100),
+    "accuracy_barrier": ("acc. barrier %", 100),
 }
 
 
@@ -99,12 +99,18 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         caption += "This model has no BatchNorm: rows with +bn repeat those without. "
     if len(seeds) > 1:
         caption += "Mean ± standard deviation over the seeds. "
-    table = Table(title=title, caption=caption + results["note"], title_justify="left")
+    table = Table(
+        title=title, caption=caption + results["note"], title_justify="left", caption_justify="left"
+    )
     parts = next(iter(results["summary"].values()))["part_accuracy"]
     table.add_column("method", no_wrap=True)
     for key, (name, _) in COLUMNS.items():
-        for heading in [f"{part} %" for part in parts] if key == "part_accuracy" else [name]:
-            table.add_column(heading, justify="right")
+        for heading in (
+            [f"{part.removeprefix('classes ')} %" for part in parts]
+            if key == "part_accuracy"
+            else [name]
+        ):
+            table.add_column(heading, justify="right", no_wrap=True)
     for method, row in results["summary"].items():
         cells = []
         for key, (_, scale) in COLUMNS.items():
@@ -142,7 +148,6 @@ def draw_interpolation(path: Path, results: dict[str, Any]) -> None:
         panel.set(xlabel="λ: from client 0 to client 1", title=title)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[1].set_ylim(bottom=0)
     panels[0].legend(fontsize="small")
     images = runs[0]["curves"]["naive"]["images"]
     config = results["config"]

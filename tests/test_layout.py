@@ -1,0 +1,62 @@
+"""Who may import whom: only `flower/` knows Flower, and nothing imports upward."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fl_rebasin
+
+ROOT = Path(fl_rebasin.__file__).parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+ALLOWED = {
+    "spec.py": set(),
+    "unify.py": set(),
+    "rules": {"rules", "unify"},
+    "selfcheck.py": {"spec"},
+    "trace.py": {"rules", "selfcheck", "spec", "unify"},
+    "assignment.py": set(),
+    "matching.py": {"assignment", "spec"},
+    "merging.py": {"matching", "spec"},
+    "batchnorm.py": set(),
+    "metrics.py": {"merging", "spec"},
+    "flower": {"batchnorm", "flower", "matching", "merging", "spec", "trace"},
+    "__init__.py": {"batchnorm", "flower", "matching", "merging", "metrics", "spec", "trace"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_downward(file: str) -> None:
+    allowed = ALLOWED[file.split("/")[0]]
+    own = {n.split(".")[1] for n in imports(ROOT / file) if n.startswith("fl_rebasin.")}
+    assert own <= allowed
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("flower/")])
+def test_only_flower_imports_flower(file: str) -> None:
+    assert not {n for n in imports(ROOT / file) if n.split(".")[0] in ("flwr", "ray")}
+
+
+def test_simulations_use_public_modules_only() -> None:
+    folder = ROOT.parent / "simulations"
+    used = {n for path in folder.rglob("*.py") for n in imports(path) if n.startswith("fl_rebasin")}
+    assert used <= {"fl_rebasin", "fl_rebasin.flower", "fl_rebasin.metrics"}
+
+
+def test_the_core_is_imported_without_flower() -> None:
+    code = "import sys, fl_rebasin; fl_rebasin.derive_spec; assert 'flwr' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

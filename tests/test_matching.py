@@ -1,0 +1,140 @@
+"""Weight matching: planted answers, its objective, its similarity matrices."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_same, random_state, spec_of
+from torch import nn
+from zoo import ZOO
+
+from fl_rebasin import Permutation, SpecError, derive_spec, match_weights
+from fl_rebasin.matching import Matcher, inner, weights_of
+from fl_rebasin.spec import groups_of
+
+MODELS = pytest.mark.parametrize("name", ZOO)
+
+
+@MODELS
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_permutation_is_undone(name: str, seed: int) -> None:
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    planted = spec.random(torch.Generator().manual_seed(seed))
+    moved = spec.apply(planted, state)
+    match = match_weights(spec, state, moved)
+    assert match.similarity > 1 - 1e-6
+    assert match.similarity_before < match.similarity
+    assert_same(spec.apply(match.permutation, moved), state, rtol=0, atol=0)
+
+
+@MODELS
+def test_a_planted_permutation_is_undone_under_noise(name: str) -> None:
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value
+        for key, value in state.items()
+    }
+    planted = spec.random(torch.Generator().manual_seed(1))
+    match = match_weights(spec, state, spec.apply(planted, noisy))
+    assert match.permutation.compose(planted).is_identity
+
+
+@MODELS
+def test_similarity_is_the_gain_of_every_permutation(name: str) -> None:
+    """`S[i, p(i)]` summed is the objective of moving by p, up to what p does not touch."""
+    spec = spec_of(ZOO[name])
+    left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    for group, size in spec.groups.items():
+        if any(
+            sum(found.name == group for axis in axes for found in groups_of(axis)) > 1
+            for axes in spec.axes.values()
+        ):
+            continue  # quadratic: the matrix is its linearisation
+        matrix = Matcher(spec, left, right).similarity(group).double()
+        for _ in range(3):
+            index = torch.randperm(size, generator=generator)
+            move = Permutation({group: index})
+            moved = {key: spec.move(key, value, move) for key, value in right.items()}
+            gain = inner(left, moved) - inner(left, right)
+            expected = float(matrix[torch.arange(size), index].sum() - matrix.trace())
+            assert gain == pytest.approx(expected, abs=1e-4)
+
+
+@MODELS
+def test_the_objective_never_falls(name: str) -> None:
+    spec = spec_of(ZOO[name])
+    left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
+    matcher = Matcher(spec, left, right)
+    heights = [matcher.objective]
+    moved = True
+    while moved:
+        moved = False
+        for group in spec.groups:
+            moved |= matcher.step(group)
+            heights.append(matcher.objective)
+    slack = 1e-6 * (inner(left, left) * inner(right, right)) ** 0.5
+    assert all(b >= a - slack for a, b in itertools.pairwise(heights))
+    assert heights[-1] > heights[0]
+    # What the steps did is what the permutation says.
+    for key, value in right.items():
+        torch.testing.assert_close(
+            spec.move(key, value, matcher.permutation), matcher.weights[key], rtol=0, atol=0
+        )
+
+
+def test_one_group_is_matched_as_well_as_by_brute_force() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    spec = derive_spec(model, torch.zeros(1, 3))
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        {k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
+        for _ in range(2)
+    )
+    best = max(
+        inner(left, spec.apply(Permutation({"0": torch.tensor(p)}), right))
+        for p in itertools.permutations(range(5))
+    )
+    found = spec.apply(match_weights(spec, left, right).permutation, right)
+    assert inner(left, found) == pytest.approx(best, rel=1e-6)
+
+
+@MODELS
+def test_a_model_matches_itself_without_a_move(name: str) -> None:
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    match = match_weights(spec, state, state)
+    assert match.permutation.is_identity
+    assert match.similarity == pytest.approx(1)
+
+
+def test_inputs_stay_and_results_repeat() -> None:
+    spec = spec_of(ZOO["dense-concat"])
+    left, right = (random_state(ZOO["dense-concat"], seed=s) for s in (1, 2))
+    copies = [{k: v.clone() for k, v in state.items()} for state in (left, right)]
+    first, second = match_weights(spec, left, right), match_weights(spec, left, right)
+    assert_same(dict(first.permutation.indices), dict(second.permutation.indices))
+    assert_same(left, copies[0], rtol=0, atol=0)
+    assert_same(right, copies[1], rtol=0, atol=0)
+
+
+def test_buffers_do_not_count() -> None:
+    entry = ZOO["conv-batchnorm-flatten"]
+    spec, left, right = spec_of(entry), random_state(entry, 1), random_state(entry, 2)
+    loud = {k: 1e6 * v if "running" in k else v for k, v in right.items()}
+    assert_same(
+        dict(match_weights(spec, left, right).permutation.indices),
+        dict(match_weights(spec, left, loud).permutation.indices),
+    )
+
+
+@pytest.mark.parametrize("side", ["reference", "other"])
+def test_diverged_models_are_named(side: str) -> None:
+    entry = ZOO["mlp"]
+    spec, good = spec_of(entry), random_state(entry, 1)
+    bad = {**good, "1.bias": torch.full_like(good["1.bias"], float("nan"))}
+    pair = (bad, good) if side == "reference" else (good, bad)
+    with pytest.raises(SpecError, match=f"{side}: 1.bias holds NaN"):
+        match_weights(spec, *pair)

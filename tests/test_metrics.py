@@ -1,0 +1,63 @@
+"""Barrier and calibration against hand-made and plain-Python answers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_rebasin import barrier
+from fl_rebasin.metrics import accuracy, expected_calibration_error, height, log_loss
+
+
+def test_the_barrier_of_a_parabola() -> None:
+    # L(x) = 1 - (x - 1)^2 on [0, 2] from 0 to 0: the top is 1, halfway.
+    found = barrier(
+        lambda state: 1 - float((state["x"] - 1).square()),
+        {"x": torch.tensor(0.0, dtype=torch.float64)},
+        {"x": torch.tensor(2.0, dtype=torch.float64)},
+    )
+    assert found.height == pytest.approx(1)
+    assert found.midpoint == pytest.approx(1)
+    assert len(found.lambdas) == len(found.values) == 25
+    assert found.lambdas[0] == 0
+    assert found.lambdas[-1] == 1
+
+
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=9))
+def test_height_is_at_least_zero_and_ignores_a_tilt(values: list[float]) -> None:
+    assert height(values) >= 0
+    tilted = [value + 3 * place for place, value in enumerate(values)]
+    assert height(tilted) == pytest.approx(height(values), abs=1e-9)
+
+
+def test_a_line_has_no_barrier() -> None:
+    assert height([3.0, 2.0, 1.0]) == 0
+    assert height([1.0, 0.0, 1.0]) == 0
+    assert height([0.0, 2.0, 1.0]) == 1.5
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 3 points, got 2"):
+        barrier(lambda state: 0.0, {}, {}, points=2)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 60), classes=st.integers(2, 6), seed=st.integers(0, 999))
+def test_measures_agree_with_plain_python(n: int, classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (3 * torch.randn(n, classes, generator=generator)).double().softmax(1)
+    labels = torch.randint(classes, (n,), generator=generator)
+    rows = list(zip(probabilities.tolist(), labels.tolist(), strict=True))
+    hits = [row.index(max(row)) == label for row, label in rows]
+    assert accuracy(probabilities, labels) == pytest.approx(sum(hits) / n)
+    losses = [-math.log(row[label]) for row, label in rows]
+    assert log_loss(probabilities, labels) == pytest.approx(sum(losses) / n)
+    gap = 0.0
+    for place in range(15):
+        inside = [i for i, (row, _) in enumerate(rows) if place / 15 < max(row) <= (place + 1) / 15]
+        if inside:
+            confidence = sum(max(rows[i][0]) for i in inside) / len(inside)
+            gap += len(inside) / n * abs(confidence - sum(hits[i] for i in inside) / len(inside))
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(gap)

@@ -1,0 +1,164 @@
+"""What a derivation opens, what it pins, and what it says about it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, state_of
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from fl_rebasin import SpecError, derive_spec
+from fl_rebasin.rules import RULES
+
+
+class Module(nn.Module):
+    """Two linear layers with something between them."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 3)
+        self.between = between
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.between(self.first(inputs)))
+
+
+INPUT = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (lambda x: x.cumsum(1), "no rule for aten.cumsum"),
+        (lambda x: x * torch.arange(6.0), "no rule for aten.arange"),
+        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "no rule for aten.index"),
+        (lambda x: x.flip(1), "no rule for aten.flip"),
+    ],
+)
+def test_what_has_no_rule_pins_and_says_so(between: Any, reason: str) -> None:
+    spec = derive_spec(Module(between), INPUT)
+    assert spec.groups == {}
+    assert spec.pinned["first.weight[0]"] == reason
+    assert spec.pinned["second.weight[1]"] == reason
+
+
+def test_order_of_two_axes_meets_and_is_pinned() -> None:
+    # x and its transposed units are added: only permutations that fit both would do.
+    spec = derive_spec(
+        Module(lambda x: x + x.reshape(-1, 2, 3).transpose(1, 2).reshape(-1, 6)), INPUT
+    )
+    assert set(spec.groups.values()) <= {2, 3}
+
+
+def test_a_wrong_rule_is_caught_by_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(trace: Any, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        trace.assign(out, trace.axes(args[0]))
+        return True
+
+    monkeypatch.setitem(RULES, "cumsum", wrong)
+    with pytest.warns(UserWarning, match=r"self-check pins the groups \['first'\]"):
+        spec = derive_spec(Module(lambda x: x.cumsum(1)), INPUT)
+    assert spec.groups == {}
+    assert spec.pinned["first.weight[0]"] == "self-check"
+
+
+def test_a_wrong_buffer_is_caught_by_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The outputs in training mode would not notice; the running statistics do.
+    right = RULES["native_batch_norm"]
+
+    def wrong(trace: Any, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        return right(trace, func, (*args[:3], None, None, *args[5:]), kwargs, out)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    assert derive_spec(model, INPUT).groups == {"0": 6}
+    monkeypatch.setitem(RULES, "native_batch_norm", wrong)
+    with pytest.warns(UserWarning, match="self-check pins the groups"):
+        assert "0" not in derive_spec(model, INPUT).groups
+
+
+def test_the_model_and_the_random_state_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 2))
+    model[1].eval()
+    before, modes = state_of(model), [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    inputs = torch.ones(2, 4)
+    derive_spec(model, inputs)
+    assert_same(state_of(model), before, rtol=0, atol=0)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(inputs, torch.ones(2, 4))
+
+
+def test_unused_parameters_are_pinned() -> None:
+    model = Module(torch.relu)
+    model.spare = nn.Linear(6, 6)
+    spec = derive_spec(model, INPUT)
+    assert spec.groups == {"first": 6}
+    assert spec.pinned["spare.weight[0]"] == "not used in the forward pass"
+
+
+def test_a_layer_used_only_in_training_is_opened() -> None:
+    class Auxiliary(Module):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.aux = nn.Linear(6, 2)
+
+        def forward(self, inputs: Tensor) -> Any:
+            hidden = self.first(inputs)
+            return (self.second(hidden), self.aux(hidden)) if self.training else self.second(hidden)
+
+    spec = derive_spec(Auxiliary(), INPUT)
+    assert spec.groups == {"first": 6}
+    assert "aux.weight[1]" not in spec.pinned
+
+
+def test_tied_tensors_count_once() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    spec = derive_spec(model, torch.zeros(1, 5))
+    assert spec.groups == {}  # the weight's rows are outputs as well
+    assert spec.learnable == ("0.weight", "0.bias", "2.bias")
+
+
+def test_wrong_inputs_are_told_with_their_shape() -> None:
+    with pytest.raises(SpecError, match=r"cannot be run on the example inputs \(\(2, 5\)"):
+        derive_spec(Module(torch.relu), torch.zeros(2, 5))
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    class Extra(Module):
+        def get_extra_state(self) -> Any:
+            return {"a": 1}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    with pytest.raises(SpecError, match="_extra_state in the state dict is a dict"):
+        derive_spec(Extra(torch.relu), INPUT)
+
+
+def test_a_batch_of_one_does_for_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    assert derive_spec(model, torch.zeros(1, 4)).groups == {"0": 6}
+
+
+def test_a_real_architecture_keeps_its_function() -> None:
+    model = resnet18(num_classes=10).eval()
+    inputs = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    spec = derive_spec(model, inputs)
+    assert spec.freedom > 0.99
+    # One stream of units through each stage, and one inside each of the eight blocks.
+    assert sorted(spec.groups.values()) == sorted([64, 128, 256, 512, *2 * [64, 128, 256, 512]])
+    moved = copy.deepcopy(model)
+    perm = spec.random(torch.Generator().manual_seed(0))
+    moved.load_state_dict(spec.apply(perm, model.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(moved(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_describe_lists_groups_and_reasons() -> None:
+    text = str(derive_spec(Module(torch.relu), INPUT))
+    assert "first       6  first.weight[0], first.bias[0], second.weight[1]" in text
+    assert "second.weight[0]  model output" in text
