@@ -28,6 +28,7 @@ from experiment.models import DEFAULT_WIDTHS
 from experiment.presets import DEFAULT_NORMS, PRESETS
 from experiment.report import draw_interpolation, print_table, summarise, versions, write_json
 from experiment.seeding import client_indices, shared_model
+from experiment.server import FederationError
 from experiment.settings import Settings
 from experiment.simulate import simulate
 from rich.console import Console
@@ -234,6 +235,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FederationError as error:
+        print(f"error: {error}; Flower's log is in the --out folder", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         stop()
 
@@ -242,7 +246,7 @@ def stop() -> NoReturn:
     """End at once: Flower's server thread would wait for its clients for an hour."""
     import ray
 
-    print("interrupted: nothing was written", file=sys.stderr)
+    print("interrupted: no results were written", file=sys.stderr)
     ray.shutdown()
     sys.stderr.flush()
     os._exit(130)

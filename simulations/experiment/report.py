@@ -147,8 +147,8 @@ def draw_interpolation(path: Path, results: dict[str, Any]) -> None:
                 panel.fill_between(lambdas, low, high, color=colour, alpha=0.12, linewidth=0)
         panel.set(xlabel="λ: from client 0 to client 1", title=title)
         panel.grid(alpha=0.3)
-    panels[0].set_yscale("log")
-    panels[0].legend(fontsize="small")
+    handles, texts = panels[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=len(names), fontsize="small")
     images = runs[0]["curves"]["naive"]["images"]
     config = results["config"]
     figure.suptitle(
