@@ -29,10 +29,10 @@ class LayerStatistics:
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers that keep running statistics, by name."""
+    """Return the BatchNorm layers that keep running statistics; one of two names comes twice."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, _BatchNorm) and module.track_running_stats
     }
 
@@ -60,7 +60,8 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
     """Return what each BatchNorm layer of a model sees on some batches.
 
     Each batch is normalised by its own statistics, as in training; one pass, no gradients, and
-    nothing is stored but sums. The model is as before afterwards.
+    nothing is stored but sums. Batches of a single sample have no variance and are left out. The
+    model is as before afterwards.
 
     Args:
         model: the model, on the device of the batches.
@@ -70,35 +71,39 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
         ValueError: there is no batch, or a batch gives a non-finite activation.
     """
     layers = batchnorm_layers(model)
-    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+    sums: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].detach().transpose(0, 1).flatten(1).double()
-            count, mean = values.shape[1], values.mean(1)
-            squares = (values - mean[:, None]).square().sum(1)
-            if name in sums:
-                # Chan, Golub, LeVeque (1979): pairwise update, exact and stable.
-                old_count, old_mean, old_squares = sums[name]
-                total, step = old_count + count, mean - old_mean
-                squares = old_squares + squares + step.square() * (old_count * count / total)
-                mean, count = old_mean + step * (count / total), total
-            sums[name] = (count, mean, squares)
+    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].detach().transpose(0, 1).flatten(1).double()
+        count, mean = values.shape[1], values.mean(1)
+        squares = (values - mean[:, None]).square().sum(1)
+        if layer in sums:
+            # Chan, Golub, LeVeque (1979): pairwise update, exact and stable.
+            old_count, old_mean, old_squares = sums[layer]
+            total, step = old_count + count, mean - old_mean
+            squares = old_squares + squares + step.square() * (old_count * count / total)
+            mean, count = old_mean + step * (count / total), total
+        sums[layer] = (count, mean, squares)
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(record) for layer in set(layers.values())]
     try:
         with torch.no_grad(), _training_statistics(model):
             for batch in batches:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if len(inputs) > 1:
+                    model(inputs)
     finally:
         for handle in hooks:
             handle.remove()
     if layers and not sums:
-        raise ValueError("no batch to re-estimate the BatchNorm statistics from")
+        raise ValueError(
+            "no batch of two or more samples to re-estimate the BatchNorm statistics from"
+        )
     statistics = {}
-    for name, (count, mean, squares) in sums.items():
+    for name, layer in layers.items():
+        if layer not in sums:
+            continue  # not used in this forward pass
+        count, mean, squares = sums[layer]
         if not bool(torch.isfinite(mean).all() and torch.isfinite(squares).all()):
             raise ValueError(f"{name}: the activations hold NaN or infinite values")
         statistics[name] = LayerStatistics(count, mean.cpu(), (squares / count).cpu())

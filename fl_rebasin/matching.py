@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +23,8 @@ from fl_rebasin.spec import (
     groups_of,
 )
 
-RELATIVE_TOLERANCE = 1e-7
-"""An improvement counts when it exceeds this share of the objective's scale (float32 sums)."""
+RELATIVE_TOLERANCE = 1e-12
+"""An improvement counts when it exceeds this share of the objective's scale (float64 sums)."""
 MAX_SWEEPS = 100
 
 
@@ -44,24 +46,21 @@ class Match:
 
 
 def check_finite(spec: PermutationSpec, state_dict: StateDict, name: str) -> None:
-    """Raise `SpecError` unless a state dict fits the spec and all its weights are finite."""
+    """Raise `SpecError` unless a state dict fits the spec and all its values are finite."""
     spec.check(state_dict)
-    for key in spec.learnable:
+    for key in spec.axes:
         if not bool(torch.isfinite(state_dict[key]).all()):
             raise SpecError(f"{name}: {key} holds NaN or infinite values")
 
 
 def weights_of(spec: PermutationSpec, state_dict: StateDict) -> dict[str, Tensor]:
-    """Return the tensors that count in the objective, as float32 (or float64 where they are)."""
-    return {
-        key: state_dict[key].detach().to(torch.promote_types(state_dict[key].dtype, torch.float32))
-        for key in spec.learnable
-    }
+    """Return the tensors that count in the objective, in float64."""
+    return {key: state_dict[key].detach().double() for key in spec.learnable}
 
 
 def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Return the inner product of two models, summed in float64 over tensors."""
-    return sum(float(torch.sum(left[key] * right[key], dtype=torch.float64)) for key in left)
+    """Return the inner product of two models, in float64."""
+    return sum(float(torch.sum(left[key].double() * right[key].double())) for key in left)
 
 
 def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -70,38 +69,27 @@ def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     return inner(left, right) / scale if scale else 0.0
 
 
-def occurrences(axis: Axis, group: str) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-    """Yield where a group stands in an axis.
+def unit_rows(block: Tensor, axis: Axis, group: str) -> Iterator[Tensor]:
+    """Yield matrices whose rows are the units of a group, one for each place where it stands.
 
-    Each item is `(offset, length, (outer, n, inner))`: the places `[offset, offset + length)` of
-    the axis, reshaped to `(outer, n, inner)`, hold the group's units along the middle axis. Parts
-    between which a concatenation stands inside a product are yielded one slice at a time.
+    Args:
+        block: shape `(before, axis.size, after)`.
+        axis: what the middle axis is.
+        group: name of the group.
     """
     match axis:
         case Group(name, size) if name == group:
-            yield 0, size, (1, size, 1)
+            yield block.movedim(1, 0).reshape(size, -1)
         case Cat(parts):
             offset = 0
             for part in parts:
-                for start, length, shape in occurrences(part, group):
-                    yield offset + start, length, shape
+                yield from unit_rows(block.narrow(1, offset, part.size), part, group)
                 offset += part.size
         case Prod(factors):
             for place, part in enumerate(factors):
-                if not any(g.name == group for g in groups_of(part)):
-                    continue
-                before = Prod(factors[:place]).size
-                after = Prod(factors[place + 1 :]).size
-                for start, length, (outer, size, inside) in occurrences(part, group):
-                    if length == part.size:
-                        yield 0, axis.size, (before * outer, size, inside * after)
-                        continue
-                    for block in range(before):
-                        yield (
-                            (block * part.size + start) * after,
-                            length * after,
-                            (outer, size, inside * after),
-                        )
+                if any(found.name == group for found in groups_of(part)):
+                    before = block.shape[0] * math.prod(f.size for f in factors[:place])
+                    yield from unit_rows(block.reshape(before, part.size, -1), part, group)
         case _:
             return
 
@@ -109,8 +97,14 @@ def occurrences(axis: Axis, group: str) -> Iterator[tuple[int, int, tuple[int, i
 class Matcher:
     """Coordinate descent on the permutation of one model towards a target.
 
-    Holds the target and the moving model's current weights; `weights` is what the permutation
-    found so far makes of the start.
+    Args:
+        spec: spec of both models.
+        target: learnable tensors that stay, float64.
+        weights: learnable tensors to be permuted, float64.
+
+    Attributes:
+        weights: what the permutation found so far makes of the start.
+        permutation: the permutation found so far.
     """
 
     def __init__(
@@ -120,59 +114,60 @@ class Matcher:
         self.target = target
         self.weights = dict(weights)
         self.permutation = spec.identity()
-        self._uses: dict[str, list[tuple[str, int]]] = {name: [] for name in spec.groups}
-        for key in spec.learnable:
-            for dim, axis in enumerate(spec.axes[key]):
-                for name in {group.name for group in groups_of(axis)}:
-                    self._uses[name].append((key, dim))
-        self._scale = (inner(target, target) * inner(weights, weights)) ** 0.5
+        # For each tensor how often each group stands on its axes, and the other way round.
+        self._groups = {
+            key: Counter(group.name for axis in spec.axes[key] for group in groups_of(axis))
+            for key in spec.learnable
+        }
+        self._keys: dict[str, list[str]] = {name: [] for name in spec.groups}
+        for key, groups in self._groups.items():
+            for name in groups:
+                self._keys[name].append(key)
+        norms = {key: float(target[key].norm() * weights[key].norm()) for key in self._groups}
+        self._scale = {name: sum(map(norms.__getitem__, keys)) for name, keys in self._keys.items()}
 
-    def similarity(self, group: str, settled: set[str] | None = None) -> Tensor:
+    def similarity(self, group: str, keys: Iterable[str]) -> Tensor:
         """Return the `(n, n)` inner products of target units and own units of one group.
 
-        With `settled`, tensors that another, not yet settled group moves are left out: what
-        they say depends on an order that means nothing yet.
+        Args:
+            group: name of the group, of `n` units.
+            keys: tensors that count; those that the group does not move add nothing.
         """
         size = self.spec.groups[group]
-        total = torch.zeros(size, size)
-        for key, dim in self._uses[group]:
-            if settled is not None and any(
-                other.name != group and other.name not in settled
-                for axis in self.spec.axes[key]
-                for other in groups_of(axis)
-            ):
-                continue
-            for start, length, shape in occurrences(self.spec.axes[key][dim], group):
-                sides = []
-                for tensor in (self.target[key], self.weights[key]):
-                    part = tensor.movedim(dim, 0)[start : start + length]
-                    unfolded = part.reshape(*shape, -1).movedim(1, 0)
-                    sides.append(unfolded.reshape(size, -1))
-                total = total.to(sides[0]) + sides[0] @ sides[1].T
+        device = self.target[self._keys[group][0]].device if self._keys[group] else None
+        total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        for key in keys:
+            shape = self.target[key].shape
+            for dim, axis in enumerate(self.spec.axes[key]):
+                blocks = [
+                    tensor.reshape(math.prod(shape[:dim]), shape[dim], -1)
+                    for tensor in (self.target[key], self.weights[key])
+                ]
+                rows = (unit_rows(block, axis, group) for block in blocks)
+                for left, right in zip(*rows, strict=True):
+                    total += left @ right.T
         return total
 
     def _objective(self, group: str, weights: Mapping[str, Tensor]) -> float:
         """Return the part of the objective that a group's tensors make up."""
-        keys = {key for key, _ in self._uses[group]}
-        return sum(float(torch.sum(self.target[k] * weights[k], dtype=torch.float64)) for k in keys)
+        return sum(float(torch.sum(self.target[key] * weights[key])) for key in self._keys[group])
 
-    def step(self, group: str, settled: set[str] | None = None) -> bool:
+    def step(self, group: str, settled_only: Iterable[str] | None = None) -> bool:
         """Solve one group's assignment; return whether its units moved.
 
         A move is kept only if the objective rises (a group that stands on two axes of one tensor
-        makes it quadratic, and the linear assignment an approximation).
+        makes it quadratic, and the linear assignment an approximation). With `settled_only`, the
+        tensors to go by, it is kept anyway.
         """
-        index = assign(self.similarity(group, settled))
+        keys = self._keys[group] if settled_only is None else settled_only
+        index = assign(self.similarity(group, keys))
         if torch.equal(index, torch.arange(len(index))):
             return False
         move = Permutation({group: index})
-        moved = {
-            key: self.spec.move(key, self.weights[key], move)
-            for key in {key for key, _ in self._uses[group]}
-        }
-        if settled is None:
+        moved = {key: self.spec.move(key, self.weights[key], move) for key in self._keys[group]}
+        if settled_only is None:
             gain = self._objective(group, moved) - self._objective(group, self.weights)
-            if gain <= RELATIVE_TOLERANCE * self._scale:
+            if gain <= RELATIVE_TOLERANCE * self._scale[group]:
                 return False
         self.weights |= moved
         indices = dict(self.permutation.indices)
@@ -183,26 +178,36 @@ class Matcher:
     def start_canonical(self) -> None:
         """Match every group once, each only by tensors whose other groups are settled.
 
-        The result does not depend on the order that the moving model's units came in.
+        The result does not depend on the order that the moving model's units came in: what the
+        other tensors say depends on an order that means nothing yet. The group about which the
+        settled tensors say most goes first.
         """
-        settled: set[str] = set()
-        waiting = list(self.spec.groups)
-        while waiting:
-            # The group with most evidence goes next: it has the most settled tensor entries.
-            best = max(waiting, key=lambda name: self._evidence(name, settled))
-            self.step(best, settled)
-            settled.add(best)
-            waiting.remove(best)
+        waiting = {key: set(groups) for key, groups in self._groups.items()}
+        total = dict.fromkeys(self._keys, 1)
+        known = dict.fromkeys(self._keys, 0)
+        usable: dict[str, list[str]] = {name: [] for name in self._keys}
 
-    def _evidence(self, group: str, settled: set[str]) -> float:
-        known = total = 0
-        for key, _ in self._uses[group]:
-            size = self.target[key].numel()
-            total += size
-            others = {g.name for axis in self.spec.axes[key] for g in groups_of(axis)} - {group}
-            if others <= settled:
-                known += size
-        return known / total if total else 0.0
+        def offer(key: str) -> None:
+            # A group on two axes of a tensor hides its own order from itself.
+            (last,) = waiting[key]
+            if self._groups[key][last] == 1:
+                known[last] += self.target[key].numel()
+                usable[last].append(key)
+
+        for key, groups in waiting.items():
+            for name in groups:
+                total[name] += self.target[key].numel()
+            if len(groups) == 1:
+                offer(key)
+        unsettled = list(self._keys)
+        while unsettled:
+            best = max(unsettled, key=lambda name: known[name] / total[name])
+            unsettled.remove(best)
+            self.step(best, usable[best])
+            for key in self._keys[best]:
+                waiting[key].remove(best)
+                if len(waiting[key]) == 1:
+                    offer(key)
 
     def descend(self) -> int:
         """Sweep over the groups until none moves; return the number of sweeps."""
@@ -216,6 +221,11 @@ class Matcher:
     def objective(self) -> float:
         """Inner product of target and moved weights."""
         return inner(self.target, self.weights)
+
+    @property
+    def slack(self) -> float:
+        """What rounding may do to the objective of the tensors that can move."""
+        return RELATIVE_TOLERANCE * sum(self._scale.values())
 
 
 def best_match(
@@ -231,7 +241,7 @@ def best_match(
     fresh = Matcher(spec, target, weights)
     fresh.start_canonical()
     sweeps += fresh.descend()
-    if fresh.objective > kept.objective + RELATIVE_TOLERANCE * abs(kept.objective):
+    if fresh.objective > kept.objective + kept.slack:
         return fresh, sweeps
     return kept, sweeps
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fl_rebasin.matching import (
     MAX_SWEEPS,
+    RELATIVE_TOLERANCE,
     Matcher,
     best_match,
     check_finite,
     cosine,
+    inner,
     weights_of,
 )
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
@@ -78,8 +80,7 @@ def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -
             for share, state_dict in zip(shares, state_dicts, strict=True)
         )
         assert isinstance(total, Tensor)
-        exact = first.is_floating_point() or first.is_complex()
-        merged[key] = (total if exact else total.round()).to(first.dtype)
+        merged[key] = (total if first.is_floating_point() else total.round()).to(first.dtype)
     return merged
 
 
@@ -91,6 +92,68 @@ def _combine(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) ->
         ).sum(0)
         for key in models[0]
     }
+
+
+@dataclass
+class _Alignment:
+    """Learnable tensors of N models, the permutations that led there, and the sweeps it took."""
+
+    models: list[dict[str, Tensor]]
+    permutations: list[Permutation]
+    sweeps: int
+
+    def objective(self, shares: Sequence[float]) -> float:
+        """Return the squared norm of the merged model: the objective, up to what never changes."""
+        merged = _combine(self.models, shares)
+        return inner(merged, merged)
+
+
+def _by_weight(shares: Sequence[float]) -> list[int]:
+    """Return the models' places from light to heavy; of equal ones the first counts as heaviest.
+
+    The heaviest model is the last to move, so that its unit order tends to stay.
+    """
+    return sorted(range(len(shares)), key=lambda place: (shares[place], -place))
+
+
+def _match_to_heaviest(
+    models: list[dict[str, Tensor]], spec: PermutationSpec, shares: Sequence[float]
+) -> _Alignment:
+    """Match every model to the heaviest one."""
+    reference = _by_weight(shares)[-1]
+    result = _Alignment(list(models), [spec.identity() for _ in models], 0)
+    for place, model in enumerate(models):
+        if place != reference:
+            matcher, used = best_match(spec, models[reference], model)
+            result.models[place], result.permutations[place] = matcher.weights, matcher.permutation
+            result.sweeps += used
+    return result
+
+
+def _descend_jointly(
+    start: _Alignment, spec: PermutationSpec, shares: Sequence[float]
+) -> _Alignment:
+    """Align each model to the weighted mean of the others, until nobody moves."""
+    models, permutations, sweeps = list(start.models), list(start.permutations), start.sweeps
+    total = _combine(models, shares)
+    for _ in range(MAX_SWEEPS):
+        moved = False
+        for place in _by_weight(shares):
+            share = shares[place]
+            if share == 1:
+                continue
+            others = {key: total[key] - share * models[place][key] for key in total}
+            matcher = Matcher(spec, others, models[place])
+            sweeps += matcher.descend()
+            if matcher.permutation.is_identity:
+                continue
+            moved = True
+            permutations[place] = matcher.permutation.compose(permutations[place])
+            models[place] = matcher.weights
+            total = {key: others[key] + share * models[place][key] for key in total}
+        if not moved:
+            break
+    return _Alignment(models, permutations, sweeps)
 
 
 def align_many(
@@ -107,36 +170,23 @@ def align_many(
     for place, state_dict in enumerate(state_dicts):
         check_finite(spec, state_dict, f"model {place}")
     models = [weights_of(spec, state_dict) for state_dict in state_dicts]
-    # First everybody to the heaviest model: descent from the models as they came stays stuck
-    # when some of them are aligned among themselves.
-    reference = max(range(len(models)), key=lambda place: (shares[place], -place))
-    permutations = [spec.identity() for _ in models]
-    sweeps = 0
-    for place, model in enumerate(models):
-        if place != reference:
-            matcher, used = best_match(spec, models[reference], model)
-            models[place], permutations[place] = matcher.weights, matcher.permutation
-            sweeps += used
-    # Then each to the mean of the others, until nobody moves. Two models have met already.
-    if len(models) > 2:
-        total = _combine(models, shares)
-        for _ in range(MAX_SWEEPS):
-            moved = False
-            for place, share in enumerate(shares):
-                others = {key: total[key] - share * models[place][key] for key in total}
-                matcher = Matcher(spec, others, models[place])
-                sweeps += matcher.descend()
-                if matcher.permutation.is_identity:
-                    continue
-                moved = True
-                permutations[place] = matcher.permutation.compose(permutations[place])
-                models[place] = matcher.weights
-                total = {key: others[key] + share * models[place][key] for key in total}
-            if not moved:
-                break
+    best = _descend_jointly(_Alignment(models, [spec.identity() for _ in models], 0), spec, shares)
+    # Descent from the models as they came stays stuck when some are aligned among themselves:
+    # once more, with everybody first matched to the heaviest model. A tie changes nothing.
+    matched = _descend_jointly(_match_to_heaviest(models, spec, shares), spec, shares)
+    norms = sum(share**2 * inner(model, model) for share, model in zip(shares, models, strict=True))
+    if matched.objective(shares) > best.objective(shares) + RELATIVE_TOLERANCE * norms:
+        best, matched = matched, best
+    sweeps = best.sweeps + matched.sweeps
+    home = best.permutations[_by_weight(shares)[-1]].invert()
+    permutations = [home.compose(permutation) for permutation in best.permutations]
     if gauge is not None:
         check_finite(spec, gauge, "gauge")
-        matcher, used = best_match(spec, weights_of(spec, gauge), _combine(models, shares))
+        moved = [
+            {key: spec.move(key, model[key], permutation) for key in model}
+            for model, permutation in zip(models, permutations, strict=True)
+        ]
+        matcher, used = best_match(spec, weights_of(spec, gauge), _combine(moved, shares))
         permutations = [matcher.permutation.compose(each) for each in permutations]
         sweeps += used
     return tuple(permutations), sweeps
@@ -151,8 +201,9 @@ def merge_many(
     """Permute N models into one basin and return their weighted mean.
 
     Maximises `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, which is the same as minimising the
-    weighted variance around the merged model: first every model is matched to the heaviest one,
-    then each in turn to the weighted mean of the others.
+    weighted variance around the merged model, by matching each model in turn to the weighted mean
+    of the others. That descent runs twice, from the models as they came and from the models
+    matched to the heaviest one; the higher objective is kept.
 
     Args:
         spec: spec of all models.
@@ -218,10 +269,12 @@ def interpolate(left: StateDict, right: StateDict, lam: float) -> dict[str, Tens
         lam: place on the line, in [0, 1].
 
     Raises:
-        ValueError: `lam` is outside [0, 1], or the keys differ.
+        ValueError: `lam` is outside [0, 1], or the keys or shapes differ.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     if odd := sorted(left.keys() ^ right.keys()):
         raise ValueError(f"the state dicts differ in their keys: only one of them has {odd[:3]}")
+    if odd := [key for key in left if left[key].shape != right[key].shape]:
+        raise ValueError(f"the state dicts differ in the shapes of {odd[:3]}")
     return average([left, right], [1 - lam, lam])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,12 @@ class Barrier:
 
 
 def height(values: Sequence[float]) -> float:
-    """Return the barrier of a curve over equally spaced points; loss-like: lower is better."""
+    """Return the barrier of a curve over equally spaced points; of its values less is better.
+
+    It is infinite where a value is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        return math.inf
     last = len(values) - 1
     line = [values[0] + (values[-1] - values[0]) * place / last for place in range(last + 1)]
     return max(0.0, *(value - below for value, below in zip(values, line, strict=True)))
@@ -55,10 +61,10 @@ def barrier(
         loss: maps a state dict to a quantity of which less is better (for accuracy: the error).
         left: state dict at lambda 0.
         right: state dict at lambda 1.
-        points: number of points, ends included; at least 3.
+        points: number of points, ends included; odd, at least 3.
 
     Raises:
-        ValueError: fewer than 3 points, or state dicts with different keys.
+        ValueError: fewer than 3 points, an even number, or state dicts that differ in their keys.
 
     Source: Frankle et al. (2020), definition 2.1 as in Git Re-Basin.
 
@@ -67,8 +73,8 @@ def barrier(
         >>> barrier(lambda model: 1 - float(abs(model["x"] - 1)), zero, two).height
         1.0
     """
-    if points < 3:
-        raise ValueError(f"a barrier needs at least 3 points, got {points}")
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"a barrier needs an odd number of points, at least 3, got {points}")
     lambdas = tuple(place / (points - 1) for place in range(points))
     values = tuple(float(loss(interpolate(left, right, lam))) for lam in lambdas)
     return Barrier(height(values), lambdas, values)

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 StateDict: TypeAlias = Mapping[str, Tensor]
+
+
+REMEDY = "derive the spec from a model of the state dict's own architecture"
 
 
 class SpecError(ValueError):
@@ -98,7 +101,7 @@ def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
             return index
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Permutation:
     """One index tensor a group: after the move, unit `k` is the old unit `indices[group][k]`."""
 
@@ -106,6 +109,15 @@ class Permutation:
 
     def __getitem__(self, group: str) -> Tensor:
         return self.indices[group]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Permutation):
+            return NotImplemented
+        return self.indices.keys() == other.indices.keys() and all(
+            torch.equal(index, other.indices[name]) for name, index in self.indices.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     def invert(self) -> Permutation:
         """Return the permutation that undoes this one."""
@@ -170,16 +182,22 @@ class PermutationSpec:
 
     def check(self, state_dict: StateDict) -> None:
         """Raise `SpecError` unless keys and shapes of a state dict are those of this spec."""
+        if isinstance(state_dict, nn.Module):
+            raise SpecError("expected a state dict, got a module: pass module.state_dict()")
         if missing := [key for key in self.axes if key not in state_dict]:
-            raise SpecError(f"the state dict lacks {len(missing)} keys of the spec: {missing[:3]}")
+            raise SpecError(
+                f"the state dict lacks {len(missing)} keys of the spec: {missing[:3]}; {REMEDY}"
+            )
         if extra := [key for key in state_dict if key not in self.axes]:
-            raise SpecError(f"the state dict has {len(extra)} keys beyond the spec: {extra[:3]}")
+            raise SpecError(
+                f"the state dict has {len(extra)} keys beyond the spec: {extra[:3]}; {REMEDY}"
+            )
         for key, axes in self.axes.items():
             expected = tuple(axis.size for axis in axes)
             if tuple(state_dict[key].shape) != expected:
                 raise SpecError(
-                    f"{key} has shape {tuple(state_dict[key].shape)}, the spec expects {expected}: "
-                    "derive the spec from the model that the state dict belongs to"
+                    f"{key} has shape {tuple(state_dict[key].shape)}, the spec expects {expected}; "
+                    + REMEDY
                 )
 
     def apply(self, permutation: Permutation, state_dict: StateDict) -> dict[str, Tensor]:

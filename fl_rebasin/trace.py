@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fl_rebasin.rules import RULES, pointwise
-from fl_rebasin.selfcheck import CheckFailedError, guilty_groups, random_inputs, self_check
+from fl_rebasin.selfcheck import CheckFailedError, SelfCheck, output_tensors, random_inputs
 from fl_rebasin.spec import Axis, Cat, Fixed, Group, PermutationSpec, Prod, SpecError, groups_of
 from fl_rebasin.unify import Join, Product, Term, Unknown, pin, resolve
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class RuleError(Exception):
+    """A rule of ours failed: not the model's fault."""
 
 
 class Tracer(TorchDispatchMode):
@@ -28,7 +33,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, tuple[Term, ...]]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._axes: dict[int, tuple[Tensor, tuple[Term, ...]]] = {
             id(tensor): (tensor, terms) for tensor, terms in known
         }
@@ -70,8 +75,11 @@ class Tracer(TorchDispatchMode):
         rule = RULES.get(func.overloadpacket.__name__)
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
-        if rule is not None and rule(self, func, args, kwargs, out):
-            return out
+        try:
+            if rule is not None and rule(self, func, args, kwargs, out):
+                return out
+        except Exception as error:
+            raise RuleError(f"the rule for {func} failed, which is a bug in it: {error}") from error
         reason = f"no rule for {func.overloadpacket}"
         self.pin_all((args, kwargs), reason)
         for tensor in tree_leaves(out):
@@ -90,15 +98,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
     """Find out by a traced run which axes of a model may be permuted, and prove it.
 
-    The model is run on a copy of itself; its parameters and buffers do not change. Every axis
-    starts pinned and is opened only by the rule of an operator that it passes through. At the end
-    random permutations are applied in float64, in training and evaluation mode: outputs and
-    buffers must stay the same. Groups that fail are pinned, and a warning names them.
+    The model is run on a copy of itself; its parameters and buffers do not change. An axis may
+    move only if every operator that it passes through has a rule for it; anything else is pinned,
+    and so is a parameter that the example inputs do not reach. At the end random permutations are
+    applied in float64, in training and evaluation mode: outputs and buffers must stay the same.
+    Groups that fail are pinned, and a warning names them.
+
+    The spec holds for the path that the model takes on the example inputs: a model that branches
+    on its inputs needs examples that take the branch with all its parameters.
 
     Args:
         model: any module whose forward pass runs on `example_inputs`.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword
-            arguments; only shapes, dtypes and integer values matter.
+            arguments; floats are replaced by random ones, integers are kept.
 
     Returns:
         The spec of `model.state_dict()`.
@@ -114,23 +126,53 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
         >>> derive_spec(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2)).groups
         {'0': 3}
     """
+    if not isinstance(example_inputs, (Tensor, tuple, Mapping)):
+        raise SpecError(
+            f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of "
+            "positional arguments or a dict of keyword arguments"
+        )
+    _check_parameters(model)
     spec = _trace(model, example_inputs)
+    proof = SelfCheck(model, example_inputs, call)
     for _ in range(3):
         try:
-            self_check(spec, model, example_inputs, call)
+            proof.check(spec)
             return spec
         except CheckFailedError as failure:
-            guilty = guilty_groups(spec, model, example_inputs, call)
+            if not proof.is_repeatable(spec):
+                raise SpecError(
+                    "the model's outputs on random inputs are NaN, or differ between two equal "
+                    "runs: make its forward pass repeatable under torch.manual_seed and finite "
+                    "on standard normal inputs, or trace a part of it"
+                ) from None
+            guilty = proof.guilty(spec)
             if not guilty:
-                raise SpecError(f"no permutation keeps this model's function: {failure}") from None
+                raise SpecError(
+                    f"permuting several groups at once changes this model's function: {failure}"
+                ) from None
             warnings.warn(f"the self-check pins the groups {guilty}: {failure}", stacklevel=2)
             spec = _without(spec, guilty)
     raise SpecError("the self-check still fails after its guilty groups were pinned")
 
 
+def _check_parameters(model: nn.Module) -> None:
+    """Raise `SpecError` for tensors that have no place in an average."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise SpecError(f"{name} is not initialised: run the lazy model once before")
+        if tensor.is_complex():
+            raise SpecError(f"{name} is complex: only real parameters can be matched")
+
+
 def _trace(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
     """Run the model under a `Tracer` and read the spec off the solved equations."""
-    twin = copy.deepcopy(model)
+    try:
+        twin = copy.deepcopy(model).float()
+    except RuntimeError as error:
+        raise SpecError(
+            f"the model cannot be copied ({error}): give one that has not run yet, and use "
+            "torch.nn.utils.parametrizations rather than the older weight_norm"
+        ) from error
     named: dict[str, Tensor] = dict(twin.named_parameters(remove_duplicate=False))
     named |= dict(twin.named_buffers(remove_duplicate=False))
     stored = {}
@@ -151,21 +193,37 @@ def _trace(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
                 tracer.assign(tensor, [Unknown(n, "model input") for n in tensor.shape])
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), tracer:
+                torch.default_generator.manual_seed(0)
                 outputs = call(twin, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        except RuleError:
+            raise
+        except Exception as error:  # The forward pass is the user's code.
             if training:
-                # A net that cannot be trained on this input is traced as it is evaluated.
+                warnings.warn(
+                    "the model is traced in evaluation mode only, it cannot be run for training "
+                    f"on the example inputs: {error}",
+                    stacklevel=3,
+                )
                 continue
             raise SpecError(
-                f"the model cannot be run on the example inputs ({describe_inputs(example_inputs)})"
-                f": {error}"
+                f"the model cannot be run on the example inputs {describe_inputs(example_inputs)}:"
+                f" {error}"
             ) from error
-        tracer.pin_all(outputs, "model output")
+        tracer.pin_all(output_tensors(outputs), "model output")
         used |= tracer.touched
-    for tensor, terms in unknowns.values():
+    unused = []
+    for key, tensor in stored.items():
         if id(tensor) not in used:
-            for term in terms:
+            for term in unknowns[id(tensor)][1]:
                 pin(term, "not used in the forward pass")
+            if isinstance(tensor, nn.Parameter):
+                unused.append(key)
+    if unused:
+        warnings.warn(
+            f"{len(unused)} parameters are not used on the example inputs ({unused[:3]}): they "
+            "stay where they are, so give inputs that reach them if they matter",
+            stacklevel=3,
+        )
     parameters = {id(p): None for p in twin.parameters()}
     learnable, seen = [], set()
     for key, tensor in stored.items():
@@ -181,7 +239,7 @@ def describe_inputs(inputs: Any) -> str:
     """Return the shapes and dtypes of example inputs in words."""
     shown = tree_map(
         lambda leaf: f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else leaf,
-        inputs if isinstance(inputs, (Tensor, tuple)) else dict(inputs),
+        dict(inputs) if isinstance(inputs, Mapping) else inputs,
     )
     return str(shown)
 
@@ -215,6 +273,10 @@ def _read_off(terms: Mapping[str, tuple[Term, ...]], learnable: tuple[str, ...])
                 return Prod(tuple(axis(part, key, dim) for part in factors))
         raise AssertionError(term)
 
+    # A group takes its name from the layer that puts it out, so first axes are named first.
+    for key, each in terms.items():
+        if each:
+            axis(each[0], key, 0)
     axes = {
         key: tuple(axis(term, key, dim) for dim, term in enumerate(each))
         for key, each in terms.items()

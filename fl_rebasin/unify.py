@@ -73,15 +73,28 @@ def product(factors: Sequence[Term]) -> Term:
 def resolve(term: Term) -> Term:
     """Replace bound unknowns by what they are bound to, all the way down."""
     match term:
-        case Unknown(bound=None):
-            return UNIT if term.size == 1 else term
-        case Unknown(bound=bound):
-            assert bound is not None
-            return resolve(bound)
+        case Unknown():
+            return _resolve_unknown(term)
         case Join(parts):
             return join(parts)
         case Product(factors):
             return product(factors)
+
+
+def _resolve_unknown(unknown: Unknown) -> Term:
+    """Follow a chain of bindings, and shorten it for the next time."""
+    chain: list[Unknown] = []
+    end: Term = unknown
+    while isinstance(end, Unknown) and end.bound is not None:
+        chain.append(end)
+        end = end.bound
+    if isinstance(end, Unknown):
+        found: Term = UNIT if end.size == 1 else end
+    else:
+        found = resolve(end)
+    for link in chain:
+        link.bound = found
+    return found
 
 
 def leaves(term: Term) -> Iterator[Unknown]:

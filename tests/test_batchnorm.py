@@ -88,7 +88,7 @@ def test_a_layer_without_running_statistics_is_left_alone() -> None:
 
 
 def test_no_data_and_diverged_data_are_named() -> None:
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="no batch of two"):
         recalibrate_batchnorm(net(), [])
     with pytest.raises(ValueError, match="1: the activations hold NaN"):
         recalibrate_batchnorm(net(), [images(4, 0) * float("nan")])
@@ -102,3 +102,24 @@ def test_statistics_go_where_they_belong_and_dtypes_stay() -> None:
     assert new["0.running_mean"].dtype == torch.float16
     assert new["0.running_mean"].tolist() == [2.0, 4.0]
     assert state["0.running_mean"].tolist() == [0.0, 0.0]
+
+
+def test_a_layer_with_two_names_is_written_under_both() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.BatchNorm1d(2)
+            self.other = self.one
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.other(inputs)
+
+    found = recalibrate_batchnorm(Shared(), [torch.tensor([[1.0, 2.0], [3.0, 6.0]])])
+    for name in ("one", "other"):
+        assert found[f"{name}.running_mean"].tolist() == [2.0, 4.0]
+
+
+def test_a_last_batch_of_one_sample_is_left_out() -> None:
+    pair, single = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[9.0, 9.0]])
+    found = recalibrate_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), [pair, single])
+    assert found["0.running_mean"].tolist() == [2.0, 4.0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_same, random_state, spec_of
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, Entry
 
 from fl_rebasin import Permutation, SpecError, derive_spec, match_weights
 from fl_rebasin.matching import Matcher, inner, weights_of
@@ -54,7 +54,7 @@ def test_similarity_is_the_gain_of_every_permutation(name: str) -> None:
             for axes in spec.axes.values()
         ):
             continue  # quadratic: the matrix is its linearisation
-        matrix = Matcher(spec, left, right).similarity(group).double()
+        matrix = Matcher(spec, left, right).similarity(group, spec.learnable)
         for _ in range(3):
             index = torch.randperm(size, generator=generator)
             move = Permutation({group: index})
@@ -138,3 +138,61 @@ def test_diverged_models_are_named(side: str) -> None:
     pair = (bad, good) if side == "reference" else (good, bad)
     with pytest.raises(SpecError, match=f"{side}: 1.bias holds NaN"):
         match_weights(spec, *pair)
+
+
+def test_large_values_elsewhere_do_not_stop_the_descent() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+            self.scale = nn.Parameter(torch.tensor(1e6))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.net(inputs)
+
+    model = Scaled()
+    spec, state = derive_spec(model, torch.zeros(2, 16)), model.state_dict()
+    planted = spec.random(torch.Generator().manual_seed(0))
+    match = match_weights(spec, state, spec.apply(planted, state))
+    assert match.permutation == planted.invert()
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_the_scale_of_a_model_does_not_matter(scale: float) -> None:
+    spec, state = spec_of(ZOO["mlp"]), random_state(ZOO["mlp"], seed=1)
+    state = {key: value * scale for key, value in state.items()}
+    planted = spec.random(torch.Generator().manual_seed(0))
+    match = match_weights(spec, state, spec.apply(planted, state))
+    assert match.permutation == planted.invert()
+    assert match.similarity == pytest.approx(1)
+
+
+class Recurrent(nn.Module):
+    """A net whose hidden group stands on both axes of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.again = nn.Linear(2, 12), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.into(inputs)
+        for _ in range(3):
+            hidden = torch.tanh(self.into(inputs) + self.again(hidden))
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("name", ["mlp", "dense-concat", "residual-batchnorm", "recurrent"])
+def test_the_canonical_start_does_not_depend_on_the_order_of_units(name: str) -> None:
+    entry = ZOO.get(name, Entry(Recurrent, lambda: torch.zeros(2, 2), (12,)))
+    spec = spec_of(entry)
+    left, right = (weights_of(spec, random_state(entry, seed=s)) for s in (1, 2))
+    found = []
+    for seed in range(3):
+        shuffle = spec.random(torch.Generator().manual_seed(seed))
+        arrived = {key: spec.move(key, value, shuffle) for key, value in right.items()}
+        matcher = Matcher(spec, left, arrived)
+        matcher.start_canonical()
+        found.append(matcher.weights)
+    for other in found[1:]:
+        assert_same(found[0], other, rtol=0, atol=0)

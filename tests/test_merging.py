@@ -192,3 +192,34 @@ def test_interpolate_is_the_line() -> None:
         interpolate(left, right, 1.5)
     with pytest.raises(ValueError, match="only one of them has"):
         interpolate(left, {"x": right["x"]}, 0.5)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.2, 1.6, 2.0])
+def test_merging_never_ends_below_the_models_as_they_came(noise: float) -> None:
+    """Clients with a common origin and much noise: matching all to one of them would lose."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    spec, weights = derive_spec(model, torch.zeros(1, 8)), [1.0] * 6
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        base = {k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
+        models = [
+            {k: v + noise * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+            for _ in weights
+        ]
+        merge = merge_many(spec, models)
+        aligned = [spec.apply(p, m) for p, m in zip(merge.permutations, models, strict=True)]
+        came, ended = objective(spec, models, weights), objective(spec, aligned, weights)
+        assert ended >= came - 1e-6 * abs(came)
+
+
+def test_a_poisoned_buffer_is_named() -> None:
+    entry = ZOO["conv-batchnorm-flatten"]
+    spec, good = spec_of(entry), random_state(entry, seed=1)
+    bad = {**good, "2.running_var": good["2.running_var"] * float("nan")}
+    with pytest.raises(SpecError, match=r"model 1: 2\.running_var holds NaN"):
+        merge_many(spec, [good, bad], weights=[1, 0])
+
+
+def test_shapes_that_would_broadcast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"differ in the shapes of \['x'\]"):
+        interpolate({"x": torch.zeros(3)}, {"x": torch.ones(1)}, 0.5)

@@ -39,8 +39,14 @@ def test_a_line_has_no_barrier() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 3 points, got 2"):
-        barrier(lambda state: 0.0, {}, {}, points=2)
+    for points in (1, 4):
+        with pytest.raises(ValueError, match=f"odd number of points, at least 3, got {points}"):
+            barrier(lambda state: 0.0, {}, {}, points=points)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_curve_is_no_barrier_of_zero(value: float) -> None:
+    assert height([0.0, value, 0.0]) == math.inf
 
 
 @settings(deadline=None)

@@ -1,6 +1,8 @@
 """What a derivation opens, what it pins, and what it says about it."""
 
 import copy
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -95,7 +97,8 @@ def test_the_model_and_the_random_state_are_left_alone() -> None:
 def test_unused_parameters_are_pinned() -> None:
     model = Module(torch.relu)
     model.spare = nn.Linear(6, 6)
-    spec = derive_spec(model, INPUT)
+    with pytest.warns(UserWarning, match=r"2 parameters are not used.*spare\.weight"):
+        spec = derive_spec(model, INPUT)
     assert spec.groups == {"first": 6}
     assert spec.pinned["spare.weight[0]"] == "not used in the forward pass"
 
@@ -124,7 +127,7 @@ def test_tied_tensors_count_once() -> None:
 
 
 def test_wrong_inputs_are_told_with_their_shape() -> None:
-    with pytest.raises(SpecError, match=r"cannot be run on the example inputs \(\(2, 5\)"):
+    with pytest.raises(SpecError, match=r"cannot be run on the example inputs \(2, 5\)"):
         derive_spec(Module(torch.relu), torch.zeros(2, 5))
 
 
@@ -162,3 +165,114 @@ def test_describe_lists_groups_and_reasons() -> None:
     text = str(derive_spec(Module(torch.relu), INPUT))
     assert "first       6  first.weight[0], first.bias[0], second.weight[1]" in text
     assert "second.weight[0]  model output" in text
+
+
+@dataclass
+class Boxed:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (Boxed, "returns a Boxed, which cannot be compared"),
+        (lambda out: out.sum().item(), "returns a float, which cannot be compared"),
+        (lambda out: out.numpy(), "returns a ndarray"),
+        (lambda out: out[:0], "returns no values"),
+        (lambda out: None, "returns no values"),
+    ],
+)
+def test_an_output_that_cannot_be_compared_is_refused(wrap: Any, words: str) -> None:
+    class Wrapped(Module):
+        def forward(self, inputs: Tensor) -> Any:
+            return wrap(super().forward(inputs))
+
+    with pytest.raises(SpecError, match=words):
+        derive_spec(Wrapped(torch.relu), INPUT)
+
+
+@pytest.mark.parametrize("inputs", [[INPUT], 3, None])
+def test_inputs_of_another_kind_are_refused(inputs: Any) -> None:
+    with pytest.raises(SpecError, match=r"example_inputs is a .*: give a tensor, a tuple"):
+        derive_spec(Module(torch.relu), inputs)
+
+
+def test_lazy_and_complex_parameters_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"0\.weight is not initialised: run the lazy model"):
+        derive_spec(nn.Sequential(nn.LazyLinear(3)), INPUT)
+    model = Module(torch.relu)
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(SpecError, match="phase is complex"):
+        derive_spec(model, INPUT)
+
+
+def test_a_model_that_does_not_repeat_is_named() -> None:
+    count = itertools.count()
+    with pytest.raises(SpecError, match="differ between two equal runs"):
+        derive_spec(Module(lambda x: x * next(count)), INPUT)
+    with pytest.raises(SpecError, match="outputs on random inputs are NaN"):
+        derive_spec(Module(lambda x: torch.sqrt(-x * x - 1)), INPUT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_any_dtype_have_a_spec(dtype: torch.dtype) -> None:
+    model = Module(torch.relu).to(dtype)
+    assert derive_spec(model, INPUT.to(dtype)).groups == {"first": 6}
+    assert model.first.weight.dtype == dtype
+
+
+def test_a_part_in_single_precision_costs_no_freedom() -> None:
+    spec = derive_spec(Module(lambda x: x.to(torch.float32).softmax(1).to(x.dtype)), INPUT)
+    assert spec.groups == {"first": 6}
+
+
+def test_inputs_that_are_changed_in_place_stay_the_callers() -> None:
+    class InPlace(Module):
+        def forward(self, inputs: Tensor, index: Tensor) -> Tensor:
+            index.add_(1)
+            return super().forward(inputs.mul_(2)) * index
+
+    inputs, index = torch.ones(2, 4), torch.zeros(1, dtype=torch.int64)
+    assert derive_spec(InPlace(torch.relu), (inputs, index)).groups == {"first": 6}
+    assert int(index) == 0
+    assert torch.equal(inputs, torch.ones(2, 4))
+
+
+def test_positions_of_a_convolution_are_pinned_by_its_rule() -> None:
+    # Hidden units that become positions of an image; no warning, so the self-check had no work.
+    class Slid(Module):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.slide = nn.Conv1d(1, 2, 3, padding=1)
+            self.second = nn.Linear(12, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.second(self.slide(self.first(inputs)[:, None]).flatten(1))
+
+    assert derive_spec(Slid(), INPUT).groups == {"slide": 2}
+
+
+def test_a_model_that_cannot_be_trained_on_the_example_is_traced_as_evaluated() -> None:
+    class Demanding(Module):
+        def forward(self, inputs: Tensor, target: Tensor | None = None) -> Tensor:
+            if self.training and target is None:
+                raise ValueError("no target")
+            return super().forward(inputs)
+
+    with pytest.warns(UserWarning, match=r"evaluation mode only.*no target"):
+        assert derive_spec(Demanding(torch.relu), INPUT).groups == {"first": 6}
+
+
+def test_deep_chains_are_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), *(Residual() for _ in range(300)), nn.Linear(6, 3))
+    assert derive_spec(model, INPUT).groups["0"] == 6
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(6, 2)
+        self.back = nn.Linear(2, 6)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + 0.01 * self.back(torch.tanh(self.inside(inputs)))

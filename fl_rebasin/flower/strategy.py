@@ -62,6 +62,7 @@ class ReBasinStrategy(Strategy):
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithm 3.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> strategy = ReBasinStrategy(model=net, example_inputs=torch.zeros(1, 4))
         >>> strategy.spec.groups

@@ -37,6 +37,8 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     image, weight = trace.axes(args[0]), trace.axes(args[1])
     for kernel in weight[2:]:
         pin(kernel, "kernel position")
+    for position in image[2:]:
+        pin(position, "position in an image")
     result: Term
     if groups == 1:
         contracted, result = (weight[0], weight[1]) if transposed else (weight[1], weight[0])

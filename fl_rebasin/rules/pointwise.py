@@ -48,12 +48,13 @@ POINTWISE: dict[str, Rule] = {
     **dict.fromkeys(
         # Dropout's mask has no order of its own: it is exchangeable in distribution.
         ("clone", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "copy_",
-         "dropout", "native_dropout", "bernoulli", "bernoulli_", "threshold_backward"),
+         "dropout", "native_dropout", "bernoulli", "bernoulli_",
+         "fill_", "zero_", "threshold_backward"),
         pointwise,
     ),
     **dict.fromkeys(
         ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like",
-         "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "fill_", "zero_"),
+         "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"),
         constant,
     ),
 }  # fmt: skip

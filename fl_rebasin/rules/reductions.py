@@ -17,6 +17,9 @@ def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(dims, int):
         dims = [dims]
+    if not axes:
+        trace.assign(out, axes)
+        return True
     gone = {dim % len(axes) for dim in dims} if dims else set(range(len(axes)))
     kept = [term for dim, term in enumerate(axes) if dim not in gone]
     held = [UNIT if dim in gone else term for dim, term in enumerate(axes)]

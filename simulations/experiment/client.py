@@ -67,6 +67,7 @@ def make_client_app(settings: Settings, progress: Path, threads: int) -> ClientA
             images,
             labels,
             recipe=settings.recipe,
+            first_round=config["stage"] == 1,
             epochs=cast(int, config["epochs"]),
             seed=derived_seed(seed, "train", cast(int, config["stage"]), client),
             on_step=progress_writer(progress, f"{cast(str, config['label'])} client {client}"),

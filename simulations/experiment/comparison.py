@@ -74,6 +74,7 @@ def compare(
             dataset.train_images[index],
             dataset.train_labels[index],
             recipe=settings.recipe,
+            first_round=True,
             epochs=settings.epochs,
             seed=derived_seed(seed, "train oracle"),
             on_step=progress_writer(progress, f"seed {seed} one model on all the data"),

@@ -22,7 +22,7 @@ class Preset:
     recipe: Recipe
 
 
-_DIGITS = Recipe(learning_rate=1e-3, batch_size=50, flip=False)
+_DIGITS = Recipe(1e-3, 1e-3, batch_size=50, flip=False)
 
 PRESETS = {
     # (preset, data set)
@@ -33,7 +33,7 @@ PRESETS = {
         epochs=5,
         round_epochs=1,
         curve_images=1000,
-        recipe=Recipe(learning_rate=1e-2, batch_size=125, flip=True),
+        recipe=Recipe(3e-2, 3e-3, batch_size=125, flip=True),
     ),
     ("quick", "digits"): Preset("mlp", "none", 512, 30, 3, 0, _DIGITS),
     # Git Re-Basin's CIFAR net: ResNet-20, LayerNorm, wide.
@@ -44,7 +44,7 @@ PRESETS = {
         epochs=100,
         round_epochs=5,
         curve_images=0,
-        recipe=Recipe(learning_rate=2e-3, batch_size=250, flip=True),
+        recipe=Recipe(2e-3, 5e-4, batch_size=250, flip=True),
     ),
     ("paper", "digits"): Preset("mlp", "none", 512, 100, 10, 0, _DIGITS),
 }

@@ -19,12 +19,14 @@ class Recipe:
     """How a model is trained: Adam with a one-cycle learning rate (Smith and Topin, 2019).
 
     Attributes:
-        learning_rate: Peak of the cycle.
+        learning_rate: Peak of the cycle in the first round.
+        round_learning_rate: Peak in each later round, which starts from a trained model.
         batch_size: Images a step; a smaller last batch of an epoch is left out if others remain.
         flip: Whether images are mirrored at random.
     """
 
     learning_rate: float
+    round_learning_rate: float
     batch_size: int
     flip: bool
 
@@ -53,6 +55,7 @@ def train(
     labels: Tensor,
     *,
     recipe: Recipe,
+    first_round: bool,
     epochs: int,
     seed: int,
     on_step: Callable[[int, int], None],
@@ -65,6 +68,7 @@ def train(
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
         recipe: Optimiser and augmentation.
+        first_round: Whether the model is trained for the first time.
         epochs: Passes over the images.
         seed: Seeds the order of the images and the augmentation.
         on_step: Called after each step with the steps done and to be done.
@@ -79,9 +83,10 @@ def train(
     batch = min(recipe.batch_size, len(labels))
     per_epoch = len(labels) // batch
     total = epochs * per_epoch
-    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    peak = recipe.learning_rate if first_round else recipe.round_learning_rate
+    optimiser = torch.optim.Adam(model.parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=recipe.learning_rate, total_steps=total, pct_start=0.25
+        optimiser, max_lr=peak, total_steps=total, pct_start=0.25
     )
     losses: list[Tensor] = []
     for epoch in range(epochs):

@@ -1,0 +1,693 @@
+"""Laws of the aligning strategy: who it is equal to, and what no client can do to it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    Krum,
+    MultiKrum,
+    Strategy,
+)
+from flwr.supercore.task_identity import TaskIdentity
+from helpers import State, assert_same, random_state, spec_of
+from torch import Tensor, nn
+from zoo import ZOO
+
+from fl_rebasin import Permutation, PermutationSpec, SpecError, merge_many
+from fl_rebasin.flower import ReBasinStrategy
+
+NETS = ("mlp", "conv-batchnorm-flatten", "residual-batchnorm", "tied-shared", "chunk-keywords")
+WEIGHTS = (1, 2, 4)
+OWN_METRICS = {
+    "rebasin-similarity-before",
+    "rebasin-similarity-after",
+    "rebasin-units-moved",
+    "rebasin-sweeps",
+    "rebasin-seconds",
+}
+
+Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can be made: they carry the identity of the task that makes them."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="flwr")
+
+
+def real_reply(content: RecordDict | Error, node_id: int) -> Message:
+    asked = Message(RecordDict(), dst_node_id=node_id, message_type=MessageType.TRAIN)
+    return Message(content, reply_to=asked)
+
+
+def mock_reply(content: RecordDict | Error, node_id: int) -> Message:
+    reply = Mock(spec=Message)
+    reply.metadata.src_node_id = node_id
+    is_error = isinstance(content, Error)
+    reply.has_error.return_value = is_error
+    reply.has_content.return_value = not is_error
+    setattr(reply, "error" if is_error else "content", content)
+    return reply
+
+
+KINDS = {"real": real_reply, "mock": mock_reply}
+
+
+def content_of(state: State, weight: float, **metrics: float) -> RecordDict:
+    counted = MetricRecord({"num-examples": weight, **metrics})
+    return RecordDict({"arrays": ArrayRecord(state), "metrics": counted})
+
+
+def replies_of(
+    states: Iterable[State],
+    weights: Iterable[float] = WEIGHTS,
+    kind: Callable[[RecordDict | Error, int], Message] = real_reply,
+) -> list[Message]:
+    return [
+        kind(content_of(state, weight, loss=0.5 * weight), node_id)
+        for node_id, (state, weight) in enumerate(zip(states, weights, strict=True), start=1)
+    ]
+
+
+def rebasin(name: str, inner: Strategy | None = None) -> ReBasinStrategy:
+    entry = ZOO[name]
+    return ReBasinStrategy(
+        inner,
+        model=entry.build(),
+        example_inputs=entry.inputs(),
+        recalibrate_batchnorm=False,
+    )
+
+
+def grid_of(count: int) -> Grid:
+    grid = Mock(spec=Grid)
+    grid.get_node_ids.return_value = range(1, count + 1)
+    return grid
+
+
+def one_round(
+    strategy: Strategy, model: ArrayRecord, replies: Iterable[Message], server_round: int = 1
+) -> Aggregate:
+    replies = list(replies)
+    grid = grid_of(max(len(replies), 2))
+    list(strategy.configure_train(server_round, model, ConfigRecord(), grid))
+    return strategy.aggregate_train(server_round, replies)
+
+
+def near(state: State, seed: int, scale: float = 1e-3) -> State:
+    """A state dict close by, as after a little training; integers count on."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: value + scale * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value + 3 * seed + seed**2
+        for key, value in state.items()
+    }
+
+
+@cache
+def named_spec(name: str) -> PermutationSpec:
+    return spec_of(ZOO[name])
+
+
+def tied(name: str, state: State) -> State:
+    """The same with tied tensors equal again."""
+    if name == "tied-shared":
+        state["out.weight"] = state["embed.weight"].clone()
+    return state
+
+
+def start(name: str, seed: int = 0) -> State:
+    return tied(name, random_state(ZOO[name], seed))
+
+
+def neighbours(name: str, state: State, count: int = len(WEIGHTS)) -> list[State]:
+    return [tied(name, near(state, seed)) for seed in range(1, count + 1)]
+
+
+def permutations(spec: PermutationSpec, count: int, seed: int) -> list[Permutation]:
+    """Random ones; none of them leaves all units in their places."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [spec.random(generator) for _ in range(count)]
+    assert not any(each.is_identity for each in drawn)
+    return drawn
+
+
+def shuffled(name: str, states: Iterable[State], seed: int) -> list[State]:
+    spec, states = named_spec(name), list(states)
+    drawn = permutations(spec, len(states), seed)
+    return [spec.apply(each, state) for each, state in zip(drawn, states, strict=True)]
+
+
+def distance(left: State, right: State) -> float:
+    """Relative distance over the floating tensors."""
+    keys = [key for key, value in right.items() if value.is_floating_point()]
+    gap = sum(float((left[key] - right[key]).double().square().sum()) for key in keys)
+    size = sum(float(right[key].double().square().sum()) for key in keys)
+    return (gap / size) ** 0.5
+
+
+def tensors(arrays: ArrayRecord | None) -> dict[str, Tensor]:
+    assert arrays is not None
+    return dict(arrays.to_torch_state_dict())
+
+
+def assert_bitwise(left: ArrayRecord | None, right: ArrayRecord | None) -> None:
+    assert left is not None
+    assert right is not None
+    assert list(left) == list(right)
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert left[key].data == right[key].data, key
+
+
+def lasting(metrics: MetricRecord | None) -> dict[str, Any]:
+    """Metrics without times."""
+    assert metrics is not None
+    return {key: value for key, value in metrics.items() if not key.endswith("-seconds")}
+
+
+@dataclass
+class Spy(FedAvg):
+    """A FedAvg that keeps what it was handed."""
+
+    seen: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        self.seen = list(replies)
+        return super().aggregate_train(server_round, self.seen)
+
+
+# Equal to whom
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NETS)
+def test_aligned_clients_are_averaged_bitwise_as_by_the_inner_strategy(
+    name: str, kind: str
+) -> None:
+    model = start(name)
+    replies = replies_of(neighbours(name, model), kind=KINDS[kind])
+    expected, expected_metrics = FedAvg().aggregate_train(1, replies)
+    result, metrics = one_round(rebasin(name), ArrayRecord(model), replies)
+
+    assert result is not None
+    assert expected is not None
+    assert list(result) == list(model)
+    for key, value in model.items():
+        if value.is_floating_point():
+            assert result[key].dtype == expected[key].dtype
+            assert result[key].data == expected[key].data, key
+        else:
+            # Weights 1, 2, 4 of counts 4, 10, 18: 96 / 7.
+            assert tensors(result)[key].dtype == torch.int64
+            assert int(result[key].numpy()) == 14
+
+    assert metrics is not None
+    assert expected_metrics is not None
+    assert dict(metrics) == dict(expected_metrics) | {key: metrics[key] for key in OWN_METRICS}
+    assert metrics["loss"] == pytest.approx(1.5)
+    assert metrics["rebasin-units-moved"] == 0
+    assert metrics["rebasin-similarity-before"] == metrics["rebasin-similarity-after"]
+    assert 0.99 < metrics["rebasin-similarity-after"] < 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", NETS)
+def test_permuted_copies_give_back_the_model_in_the_order_of_the_global_one(
+    name: str, seed: int
+) -> None:
+    shared = start(name)
+    copies = shuffled(name, [shared] * 3, seed=seed)
+    spec = named_spec(name)
+    (order,) = permutations(spec, 1, seed=100 + seed)
+    gauge = spec.apply(order, neighbours(name, shared, 1)[0])
+    replies = replies_of(copies)
+
+    naive, _ = FedAvg().aggregate_train(1, replies)
+    assert distance(tensors(naive), spec.apply(order, shared)) > 0.1
+
+    result, metrics = one_round(rebasin(name), ArrayRecord(gauge), replies)
+    assert_same(tensors(result), spec.apply(order, shared), rtol=1e-6, atol=1e-7)
+    assert metrics is not None
+    assert metrics["rebasin-similarity-after"] == pytest.approx(1)
+    assert metrics["rebasin-similarity-before"] < 0.95
+    assert metrics["rebasin-units-moved"] > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_result_and_metrics_are_those_of_merge_many_with_the_example_counts(name: str) -> None:
+    # Models that share nothing: here the weights decide who is matched to whom.
+    model, *clients = (start(name, seed) for seed in range(4))
+    weights = [10, 1, 25]
+    spec = named_spec(name)
+    merge = merge_many(spec, clients, weights=weights, gauge=model)
+    result, metrics = one_round(rebasin(name), ArrayRecord(model), replies_of(clients, weights))
+    assert_same(tensors(result), merge.state_dict, rtol=1e-4, atol=1e-6)
+    assert metrics is not None
+    assert metrics["rebasin-units-moved"] == merge.moved
+    assert metrics["rebasin-sweeps"] == merge.sweeps
+    assert metrics["rebasin-similarity-before"] == pytest.approx(merge.similarity_before)
+    assert metrics["rebasin-similarity-after"] == pytest.approx(merge.similarity)
+
+    unweighted = merge_many(spec, clients, gauge=model)
+    assert distance(tensors(result), unweighted.state_dict) > 0.1
+
+
+def clipped(inner: Strategy, clients: int, norm: float) -> Strategy:
+    return DifferentialPrivacyServerSideFixedClipping(inner, 0.0, norm, clients)
+
+
+INNER: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedAvgM": lambda: FedAvgM(server_learning_rate=0.7, server_momentum=0.9),
+    "FedAdam": lambda: FedAdam(eta=0.01),
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(beta=0.25),
+    "FedProx": lambda: FedProx(proximal_mu=0.1),
+    "Krum": lambda: Krum(num_malicious_nodes=1),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3),
+    "clipping": lambda: clipped(FedAvg(), 5, 0.01),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name", ["mlp", "residual-batchnorm"])
+def test_every_inner_strategy_gets_what_it_would_get_without_permutations(
+    name: str, inner: str
+) -> None:
+    wrapped, plain, naive = rebasin(name, INNER[inner]()), INNER[inner](), INNER[inner]()
+    model, weights = ArrayRecord(start(name)), [3, 5, 4, 6, 2]
+    for server_round in (1, 2):
+        clients = neighbours(name, tensors(model), 5)
+        moved = shuffled(name, clients, seed=server_round)
+        # Some of the strategies empty the replies that they are handed: make them anew.
+        expected, _ = one_round(plain, model, replies_of(clients, weights), server_round)
+        lost, _ = one_round(naive, model, replies_of(moved, weights), server_round)
+        result, _ = one_round(wrapped, model, replies_of(moved, weights), server_round)
+        wanted = {
+            key: value.float() if model[key].dtype == "float32" else value.round().long()
+            for key, value in tensors(expected).items()
+        }
+        assert all(bool(torch.isfinite(value).all()) for value in tensors(result).values())
+        assert_same(tensors(result), wanted, rtol=1e-5, atol=1e-6)
+        if server_round == 1:
+            assert distance(tensors(lost), wanted) > 1e-4
+        model = result
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual-batchnorm"])
+def test_it_runs_inside_a_privacy_wrapper(name: str) -> None:
+    shared = start(name)
+    model = ArrayRecord(near(shared, 1))
+    replies = replies_of(shuffled(name, [shared] * 3, seed=0))
+    result, metrics = one_round(clipped(rebasin(name), 3, 1e6), model, replies)
+    floats = [key for key, value in shared.items() if value.is_floating_point()]
+    got = tensors(result)
+    assert list(got) == list(shared)
+    assert_same(
+        {key: got[key] for key in floats}, {key: shared[key] for key in floats}, atol=1e-5, rtol=0
+    )
+    assert metrics is not None
+    assert set(metrics) == OWN_METRICS | {"loss"}
+
+
+# What the inner strategy is handed, and what stays
+
+
+def reverse_keys(state: State) -> State:
+    return {key: state[key] for key in reversed(state)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moved", [False, True], ids=["in-place", "permuted"])
+def test_inner_strategy_sees_the_key_order_of_the_global_model(moved: bool, kind: str) -> None:
+    name = "conv-batchnorm-flatten"
+    model = start(name)
+    clients = neighbours(name, model)
+    sent = shuffled(name, clients, seed=1) if moved else clients
+    spy = Spy()
+    replies = replies_of([sent[0], *map(reverse_keys, sent[1:])], kind=KINDS[kind])
+    result, _ = one_round(rebasin(name, spy), ArrayRecord(model), replies)
+    assert result is not None
+    assert list(result) == list(model)
+    for message, reply, client in zip(spy.seen, replies, clients, strict=True):
+        assert list(message.content) == ["arrays", "metrics"]
+        assert_same(tensors(message.content.array_records["arrays"]), client, rtol=0, atol=0)
+        assert message.metadata.src_node_id == reply.metadata.src_node_id
+        assert message.content["metrics"] == reply.content["metrics"]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in-place", "permuted"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "inner",
+    [FedAvg, lambda: FedTrimmedAvg(beta=0.1), lambda: clipped(FedAvg(), 3, 1e-3)],
+    ids=["averages", "empties-records", "replaces-records"],
+)
+def test_replies_and_global_model_are_not_changed(
+    inner: Callable[[], Strategy], kind: str, moved: bool
+) -> None:
+    name = "residual-batchnorm"
+    model = ArrayRecord(start(name))
+    clients = neighbours(name, tensors(model))
+    replies = replies_of(shuffled(name, clients, 2) if moved else clients, kind=KINDS[kind])
+    contents = [reply.content for reply in replies]
+    records = [content["arrays"] for content in contents]
+    before = copy.deepcopy((model, contents))
+    one_round(rebasin(name, inner()), model, replies)
+    assert (model, contents) == before
+    for reply, content, record in zip(replies, contents, records, strict=True):
+        assert reply.content is content
+        assert reply.content["arrays"] is record
+
+
+# Replies that are no good
+
+BAD_NET = "conv-batchnorm-flatten"
+BAD_NODE = 7
+
+
+def with_arrays(change: Callable[[ArrayRecord], object]) -> Callable[[RecordDict], object]:
+    def changed(content: RecordDict) -> None:
+        change(content.array_records["arrays"])
+
+    return changed
+
+
+def with_array(values: Any, key: str = "0.weight") -> Callable[[RecordDict], object]:
+    def change(arrays: ArrayRecord) -> None:
+        old = arrays[key].numpy()
+        arrays[key] = Array(values(old))
+
+    return with_arrays(change)
+
+
+def with_payload(data: bytes, stype: str = "numpy.ndarray") -> Callable[[RecordDict], object]:
+    def change(arrays: ArrayRecord) -> None:
+        old = arrays["0.weight"]
+        arrays["0.weight"] = Array(dtype=old.dtype, shape=old.shape, stype=stype, data=data)
+
+    return with_arrays(change)
+
+
+def with_weight(weight: Any) -> Callable[[RecordDict], object]:
+    def change(content: RecordDict) -> None:
+        content["metrics"] = MetricRecord({"num-examples": weight, "loss": 0.5})
+
+    return change
+
+
+def filled(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(old: np.ndarray) -> np.ndarray:
+        new = old.copy()
+        new.flat[0] = value
+        return new
+
+    return change
+
+
+HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
+
+BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
+    "nan-weights": (with_array(filled(np.nan)), r"0\.weight holds NaN or infinite values"),
+    "infinite-weights": (with_array(filled(np.inf)), r"0\.weight holds NaN or infinite values"),
+    "wrong-shape": (with_array(lambda old: old[:1]), r"0\.weight has shape \(1, 3, 3, 3\).*spec"),
+    "broadcasts": (
+        with_array(lambda old: old[:1], "5.bias"),
+        r"5\.bias has shape \(1,\), the spec expects \(5,\)",
+    ),
+    "missing-key": (with_arrays(lambda arrays: arrays.pop("0.weight")), r"lacks 1 keys.*0\.weight"),
+    "extra-key": (
+        with_arrays(lambda arrays: arrays.update(spare=Array(np.zeros(2, np.float32)))),
+        "1 keys beyond the spec.*spare",
+    ),
+    "no-arrays": (with_arrays(lambda arrays: arrays.clear()), "the state dict lacks"),
+    "no-record": (lambda content: content.pop("arrays"), "expected one ArrayRecord, got 0"),
+    "two-records": (
+        lambda content: content.update(more=ArrayRecord()),
+        "expected one ArrayRecord, got 2",
+    ),
+    "no-metrics": (lambda content: content.pop("metrics"), "expected one number 'num-examples'"),
+    "no-weight": (
+        lambda content: content.update(metrics=MetricRecord({"loss": 0.5})),
+        "expected one number 'num-examples'",
+    ),
+    "list-of-weights": (with_weight([1, 2]), "expected one number 'num-examples'"),
+    "two-weights": (
+        lambda content: content.update(more=MetricRecord({"num-examples": 3})),
+        "expected one number 'num-examples'",
+    ),
+    "negative-weight": (with_weight(-3), "num-examples is -3, it must be positive"),
+    "zero-weight": (with_weight(0), "num-examples is 0, it must be positive"),
+    "nan-weight": (with_weight(float("nan")), "num-examples is nan, it must be positive"),
+    "infinite-weight": (with_weight(float("inf")), "num-examples is inf, it must be positive"),
+    "weight-beyond-floats": (with_weight(10**400), "too large"),
+    "pickle": (with_payload(pickle.dumps([1.0] * 9)), "allow_pickle"),
+    "garbage": (with_payload(b"garbage"), "allow_pickle"),
+    "empty": (with_payload(b""), "No data left"),
+    "vast": (with_payload(HEADER % (b"9" * 13)), r"\S"),
+    "other-serialization": (with_payload(b"", "elsewhere"), "serialization type.*'elsewhere'"),
+}
+
+
+def bad_reply(change: Callable[[RecordDict], object], kind: str = "real") -> Message:
+    content = content_of(near(start(BAD_NET), 9), 5, loss=2.5)
+    change(content)
+    return KINDS[kind](content, BAD_NODE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_reply_is_dropped_and_named(
+    case: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, words = BAD[case]
+    model = ArrayRecord(start(BAD_NET))
+    moved = shuffled(BAD_NET, neighbours(BAD_NET, tensors(model)), seed=3)
+    good = replies_of(moved, kind=KINDS[kind])
+    expected, expected_metrics = one_round(rebasin(BAD_NET), model, good)
+    assert not caplog.messages or "dropped" not in caplog.text
+
+    spy = Spy()
+    mixed = [good[0], bad_reply(change, kind), *good[1:]]
+    result, metrics = one_round(rebasin(BAD_NET, spy), model, mixed)
+    assert_bitwise(result, expected)
+    assert lasting(metrics) == lasting(expected_metrics)
+    assert [message.metadata.src_node_id for message in spy.seen] == [1, 2, 3]
+    (line,) = [record for record in caplog.records if "dropped" in record.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert re.match(rf"reply of node {BAD_NODE} dropped: .*{words}", line.getMessage())
+
+
+def with_metrics(**metrics: Any) -> Callable[[RecordDict], object]:
+    def change(content: RecordDict) -> None:
+        content["metrics"] = MetricRecord(metrics)
+
+    return change
+
+
+def with_floats(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[RecordDict], object]:
+    def changed(arrays: ArrayRecord) -> None:
+        for key, array in arrays.items():
+            if array.dtype == "float32":
+                arrays[key] = Array(change(array.numpy()))
+
+    return with_arrays(changed)
+
+
+ODD: dict[str, Callable[[RecordDict], object]] = {
+    "float64": with_floats(lambda old: old.astype(np.float64)),
+    "complex": with_floats(lambda old: old.astype(np.complex64)),
+    "other-record-name": lambda content: content.update(model=content.pop("arrays")),
+    "other-metrics-name": lambda content: content.update(results=content.pop("metrics")),
+    "more-metrics": with_metrics(**{"num-examples": 5, "loss": 0.5, "accuracy": 1.0}),
+    "fewer-metrics": with_metrics(**{"num-examples": 5}),
+    "list-for-number": with_metrics(**{"num-examples": 5, "loss": [0.5, 0.5]}),
+    "two-metric-records": lambda content: content.update(more=MetricRecord({"accuracy": 1.0})),
+    "nan-mean": with_array(filled(np.nan), "2.running_mean"),
+    "infinite-variance": with_array(filled(np.inf), "2.running_var"),
+    "nan-counter": with_array(
+        lambda old: np.full_like(old, np.nan, float), "2.num_batches_tracked"
+    ),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="such a reply ends the run, or poisons the model")
+@pytest.mark.parametrize("place", [0, 3], ids=["first", "last"])
+@pytest.mark.parametrize("case", ODD)
+def test_odd_reply_neither_ends_the_run_nor_poisons_the_model(case: str, place: int) -> None:
+    model = ArrayRecord(start(BAD_NET))
+    replies = replies_of(shuffled(BAD_NET, neighbours(BAD_NET, tensors(model)), seed=3))
+    replies.insert(place, bad_reply(ODD[case]))
+    result, _ = one_round(rebasin(BAD_NET), model, replies)
+    assert all(bool(torch.isfinite(value).all()) for value in tensors(result).values())
+    # With or without the odd one, which is near as well: nothing else came.
+    assert distance(tensors(result), tensors(model)) < 2e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inner", ["FedAvg", "FedMedian", "MultiKrum", "FedAdam", "FedAvgM"])
+def test_only_bad_replies_are_no_result(
+    inner: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [bad_reply(change, kind) for change, _ in BAD.values()]
+    strategy = rebasin(BAD_NET, INNER[inner]())
+    model = ArrayRecord(start(BAD_NET))
+    assert one_round(strategy, model, bad) == (None, None)
+    assert caplog.text.count("dropped: ") == len(BAD)
+    # The next round goes on as if nothing had been.
+    replies = replies_of(neighbours(BAD_NET, tensors(model), 4), [1, 2, 4, 8])
+    result, _ = one_round(strategy, model, replies)
+    assert result is not None
+
+
+def test_no_replies_are_no_result() -> None:
+    assert one_round(rebasin("mlp"), ArrayRecord(start("mlp")), []) == (None, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_replies_reach_the_inner_strategy(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ArrayRecord(start("mlp"))
+    good = replies_of(shuffled("mlp", neighbours("mlp", tensors(model)), 3), kind=KINDS[kind])
+    expected, _ = one_round(rebasin("mlp"), model, good)
+    failed = KINDS[kind](Error(code=7, reason="out of memory"), BAD_NODE)
+    spy = Spy()
+    result, _ = one_round(rebasin("mlp", spy), model, [failed, *good])
+    assert_bitwise(result, expected)
+    assert [message for message in spy.seen if message.has_error()] == [failed]
+    assert len(spy.seen) == 4
+    assert f"error in reply from node {BAD_NODE}: out of memory" in caplog.text
+    assert "dropped" not in caplog.text
+    assert one_round(rebasin("mlp"), model, [failed]) == (None, None)
+
+
+# Everything else is the inner strategy's
+
+
+def test_configuration_evaluation_and_summary_are_the_inner_strategys(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner = Mock(spec=Strategy)
+    strategy = rebasin("mlp", inner)
+    model, config, grid = ArrayRecord(start("mlp")), ConfigRecord({"lr": 0.1}), grid_of(2)
+    message = Message(RecordDict(), dst_node_id=2, message_type=MessageType.TRAIN)
+
+    inner.configure_train.return_value = iter([message])
+    assert list(strategy.configure_train(3, model, config, grid)) == [message]
+    inner.configure_train.assert_called_once_with(3, model, config, grid)
+
+    inner.configure_evaluate.return_value = [message]
+    assert strategy.configure_evaluate(3, model, config, grid) == [message]
+    inner.configure_evaluate.assert_called_once_with(3, model, config, grid)
+
+    inner.aggregate_evaluate.return_value = MetricRecord({"accuracy": 0.5})
+    assert strategy.aggregate_evaluate(3, [message]) == MetricRecord({"accuracy": 0.5})
+    inner.aggregate_evaluate.assert_called_once_with(3, [message])
+
+    strategy.summary()
+    inner.summary.assert_called_once_with()
+    # 12 x 7 + 7 + 7 x 7 + 7 + 7 x 4 of these and the 4 of the last bias.
+    assert "Re-Basin: 2 groups of units, 97.8 % of the parameters may move" in caplog.text
+
+
+def test_inner_strategy_is_fedavg_by_default() -> None:
+    assert type(rebasin("mlp").strategy) is FedAvg
+
+
+def test_global_model_of_another_architecture_is_refused() -> None:
+    inner = Mock(spec=Strategy)
+    strategy = rebasin("mlp", inner)
+    other = ArrayRecord({**start("mlp"), "1.weight": torch.zeros(7, 13)})
+    with pytest.raises(SpecError, match=r"1\.weight has shape \(7, 13\).*expects \(7, 12\)"):
+        strategy.configure_train(1, other, ConfigRecord(), grid_of(2))
+    with pytest.raises(SpecError, match="the state dict lacks 6 keys of the spec"):
+        strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid_of(2))
+    inner.configure_train.assert_not_called()
+
+
+def test_aggregation_before_configuration_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="aggregate_train was called before configure_train"):
+        rebasin("mlp").aggregate_train(1, replies_of([start("mlp")] * 3))
+
+
+def test_model_that_gives_no_spec_is_refused() -> None:
+    with pytest.raises(SpecError):
+        ReBasinStrategy(model=nn.Linear(3, 2), example_inputs=torch.zeros(1, 5))
+
+
+def test_inner_strategy_that_changes_the_keys_is_named() -> None:
+    inner = Mock(spec=Strategy)
+    inner.configure_train.return_value = []
+    model = start("mlp")
+    more = ArrayRecord({**model, "spare": torch.zeros(1)})
+    inner.aggregate_train.return_value = more, None
+    with pytest.raises(ValueError, match=r"the wrapped strategy changed .* keys: \['spare'\]"):
+        one_round(rebasin("mlp", inner), ArrayRecord(model), [])
+
+
+@pytest.mark.parametrize("depth", range(3))
+def test_weight_key_of_the_innermost_strategy_is_honoured(
+    depth: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner: Strategy = FedAvg(weighted_by_key="steps")
+    for _ in range(depth):
+        inner = clipped(inner, 2, 1e6)
+    strategy = rebasin("mlp", inner)
+    assert strategy.weighted_by_key == "steps"
+    # The example counts would say otherwise.
+    model, left, right, lost = (start("mlp", seed) for seed in range(4))
+    replies = [
+        real_reply(content_of(left, 100, steps=2), 1),
+        real_reply(content_of(right, 1, steps=6), 2),
+        real_reply(content_of(lost, 100), BAD_NODE),
+    ]
+    result, _ = one_round(strategy, ArrayRecord(model), replies)
+    merge = merge_many(strategy.spec, [left, right], weights=[2, 6], gauge=model)
+    assert_same(tensors(result), merge.state_dict, rtol=1e-4, atol=1e-5)
+    assert f"reply of node {BAD_NODE} dropped: expected one number 'steps'" in caplog.text
+
+
+def test_strategy_without_a_weight_key_weighs_by_examples() -> None:
+    assert rebasin("mlp", Mock(spec=Strategy)).weighted_by_key == "num-examples"
