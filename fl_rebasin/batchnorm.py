@@ -60,8 +60,8 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
     """Return what each BatchNorm layer of a model sees on some batches.
 
     Each batch is normalised by its own statistics, as in training; one pass, no gradients, and
-    nothing is stored but sums. Batches of a single sample have no variance and are left out. The
-    model is as before afterwards.
+    nothing is stored but sums. A batch of one sample that has no variance is left out. The model
+    is as before afterwards.
 
     Args:
         model: the model, on the device of the batches.
@@ -73,7 +73,7 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
     layers = batchnorm_layers(model)
     sums: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
 
-    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         values = args[0].detach().transpose(0, 1).flatten(1).double()
         count, mean = values.shape[1], values.mean(1)
         squares = (values - mean[:, None]).square().sum(1)
@@ -85,13 +85,16 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
             mean, count = old_mean + step * (count / total), total
         sums[layer] = (count, mean, squares)
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in set(layers.values())]
+    hooks = [layer.register_forward_hook(record) for layer in set(layers.values())]
     try:
         with torch.no_grad(), _training_statistics(model):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if len(inputs) > 1:
+                try:
                     model(inputs)
+                except ValueError:
+                    if len(inputs) > 1:
+                        raise
     finally:
         for handle in hooks:
             handle.remove()

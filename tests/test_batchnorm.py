@@ -66,7 +66,7 @@ def test_the_model_is_as_before(training: bool) -> None:
     assert_same(state_of(model), before, rtol=0, atol=0)
     assert [module.training for module in model.modules()] == modes
     assert model[1].momentum == 0.3
-    assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks
 
 
 def test_dropout_is_off_and_labels_are_not_looked_at() -> None:

@@ -289,7 +289,7 @@ GOOD_MEAN, GOOD_VARIANCE = np.zeros(6), np.ones(6)
 BAD: dict[str, tuple[Answer, str]] = {
     "no-handler": (ClientApp(), "No query function registered with name 'rebasin_batchnorm'"),
     "error": (failing, r"disk is full \(a ClientApp answers"),
-    "no-data": (answering(lambda: NET.build().double(), []), "no batch to re-estimate"),
+    "no-data": (answering(lambda: NET.build().double(), []), "no batch.* to re-estimate"),
     "nan-data": (
         answering(lambda: NET.build().double(), [client_data(NET)[0][0] * torch.nan]),
         "2: the activations hold NaN or infinite values",
@@ -302,7 +302,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "infinite-mean": (tampered("6.mean", [0, 0, 0, 0, np.inf]), "6: mean or variance is not"),
     "nan-variance": (tampered("2.variance", GOOD_VARIANCE * np.nan), "2: mean or variance is not"),
     "negative-variance": (tampered("2.variance", -GOOD_VARIANCE), "2: .*a variance is negative"),
-    "words": (tampered("2.mean", ["nought"] * 6), "isfinite"),
+    "words": (tampered("2.mean", ["nought"] * 6), "must be floats"),
     "short-mean": (tampered("2.mean", GOOD_MEAN[:1]), r"2: expected 6 channels, got \(1,\)"),
     "short-variance": (tampered("2.variance", GOOD_VARIANCE[:1]), "2: expected 6 channels"),
     "flat-count": (tampered("2.count", 3), "2: expected 6 channels"),
@@ -353,7 +353,6 @@ OVERFLOWING = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="finite in float64, infinite in the model's float32")
 @pytest.mark.parametrize("case", OVERFLOWING)
 def test_answer_beyond_the_models_dtype_leaves_it_finite(case: str) -> None:
     world = federation(NET, client_data(NET))
@@ -375,7 +374,6 @@ class WithSpare(nn.Module):
         return self.norm(inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="every answer is dropped for the layer that it lacks")
 def test_layer_that_inference_never_runs_keeps_its_statistics() -> None:
     model = WithSpare()
     batch = data(BARE, [5], 1)[0].float()

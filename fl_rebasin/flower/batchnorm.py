@@ -36,6 +36,8 @@ ACTION = "rebasin_batchnorm"
 MESSAGE_TYPE = f"query.{ACTION}"
 MAX_COUNT = 10**15
 """More values a channel than any client can have seen: a reply above it is dropped."""
+MAX_MEAN, MAX_VARIANCE = 1e18, 1e36
+"""Larger statistics could overflow when they are pooled into float32 buffers."""
 
 LoadFn = Callable[[Context], tuple[nn.Module, Iterable[Any]]]
 
@@ -45,8 +47,9 @@ def add_batchnorm_handler(app: ClientApp, load: LoadFn) -> None:
 
     Args:
         app: the ClientApp; gets a query handler for the action `rebasin_batchnorm`.
-        load: returns the client's model (any weights) and batches of its local inputs: tensors,
-            or tuples and lists whose first item is the input. Labels are not used.
+        load: returns a module of the architecture, whose weights are overwritten, and batches of
+            the client's inputs: tensors, or tuples and lists whose first item is the input.
+            Labels are not used.
 
     Example:
         >>> app = ClientApp()
@@ -76,19 +79,29 @@ def _read(reply: Message, channels: dict[str, int]) -> dict[str, LayerStatistics
     record = reply.content.array_records["statistics"]
     statistics = {}
     for name, size in channels.items():
+        if not record.keys() & {f"{name}.count", f"{name}.mean", f"{name}.variance"}:
+            continue  # a layer that the client's forward pass does not use
         count = record[f"{name}.count"].numpy()
         mean, variance = record[f"{name}.mean"].numpy(), record[f"{name}.variance"].numpy()
         if count.shape != (1,) or mean.shape != (size,) or variance.shape != (size,):
             raise ValueError(f"{name}: expected {size} channels, got {mean.shape}")
         if count.dtype.kind != "i" or not 0 < int(count[0]) <= MAX_COUNT:
             raise ValueError(f"{name}: {count[0]} is no number of values")
-        if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
-            raise ValueError(f"{name}: mean or variance is not finite, or a variance is negative")
+        if mean.dtype.kind != "f" or variance.dtype.kind != "f":
+            raise ValueError(f"{name}: mean and variance must be floats, got {mean.dtype}")
+        # Written so that NaN fails.
+        in_range = (np.abs(mean) <= MAX_MEAN) & (variance >= 0) & (variance <= MAX_VARIANCE)
+        if not in_range.all():
+            raise ValueError(
+                f"{name}: mean or variance is not finite or too large, or a variance is negative"
+            )
         statistics[name] = LayerStatistics(
             int(count[0]),
             torch.from_numpy(mean.astype(np.float64)),
             torch.from_numpy(variance.astype(np.float64)),
         )
+    if not statistics:
+        raise ValueError("it holds statistics of no layer")
     return statistics
 
 
@@ -158,25 +171,24 @@ class BatchNormRecalibration(Strategy):
         self.strategy = strategy if strategy is not None else FedAvg()
         self.model = model
         self._grid: Grid | None = None
-        self._node_ids: list[int] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the wrapped strategy choose; remember whom it chose."""
-        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        """As the wrapped strategy; the grid is kept for the question after the round."""
         self._grid = grid
-        self._node_ids = [message.metadata.dst_node_id for message in messages]
-        return messages
+        return self.strategy.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate with the wrapped strategy, then ask the round's clients for statistics."""
+        """Aggregate with the wrapped strategy, then ask those who replied for statistics."""
+        replies = list(replies)
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         if arrays is None or self._grid is None:
             return arrays, metrics
-        arrays, own = recalibrate_on_clients(self._grid, self._node_ids, self.model, arrays)
+        nodes = [reply.metadata.src_node_id for reply in replies if not reply.has_error()]
+        arrays, own = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
         return arrays, MetricRecord({**(metrics or {}), **own})
 
     def configure_evaluate(

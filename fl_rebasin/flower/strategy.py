@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -20,6 +22,9 @@ from fl_rebasin.matching import check_finite
 from fl_rebasin.merging import align_many, average, mean_similarity, normalised
 from fl_rebasin.spec import PermutationSpec
 from fl_rebasin.trace import ExampleInputs, derive_spec
+
+MAX_EXAMPLES = 1e15
+"""More training examples than any client can have: a reply above it is dropped."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,6 @@ class ReBasinStrategy(Strategy):
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
-        self._node_ids: list[int] = []
 
     @property
     def weighted_by_key(self) -> str:
@@ -99,14 +103,13 @@ class ReBasinStrategy(Strategy):
         """Keep the global model, then let the wrapped strategy choose clients.
 
         Raises:
-            SpecError: the global model is not of the architecture that the spec was derived from.
+            SpecError: the global model is not of the architecture that the spec was derived from,
+                or holds NaN or infinite values.
         """
-        self.spec.check(arrays.to_torch_state_dict())
-        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        check_finite(self.spec, arrays.to_torch_state_dict(), "global model")
         self._arrays = arrays
         self._grid = grid
-        self._node_ids = [message.metadata.dst_node_id for message in messages]
-        return messages
+        return self.strategy.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -133,6 +136,7 @@ class ReBasinStrategy(Strategy):
                     str(error).splitlines()[0] if str(error) else type(error).__name__,
                 )
         own: dict[str, float | int] = {}
+        clients = _alike(clients)
         if clients:
             aligned, own = self._align(clients)
             handed_on += aligned
@@ -163,11 +167,31 @@ class ReBasinStrategy(Strategy):
         ]
         if len(weights) != 1 or not isinstance(weights[0], (int, float)):
             raise ValueError(f"expected one number {self.weighted_by_key!r} in its metrics")
-        if not 0 < weights[0] < float("inf"):
-            raise ValueError(f"{self.weighted_by_key} is {weights[0]}, it must be positive")
-        state_dict = dict(record.to_torch_state_dict())
+        if not 0 < weights[0] <= MAX_EXAMPLES:
+            raise ValueError(
+                f"{self.weighted_by_key} is {str(weights[0])[:20]}, it must be positive and at "
+                f"most {MAX_EXAMPLES:.0e}"
+            )
+        state_dict = self._as_global(record)
         check_finite(self.spec, state_dict, "its model")
         return _ClientModel(reply, name, record, state_dict, float(weights[0]))
+
+    def _as_global(self, record: ArrayRecord) -> dict[str, Tensor]:
+        """Return a reply's tensors in the dtypes of the global model.
+
+        Raises:
+            ValueError: a tensor is of another kind: say, integers where floats belong.
+        """
+        assert self._arrays is not None
+        state_dict = dict(record.to_torch_state_dict())
+        for key in state_dict.keys() & self._arrays.keys():
+            wanted = np.dtype(self._arrays[key].dtype)
+            found = np.dtype(record[key].numpy().dtype)
+            if found.kind != wanted.kind:
+                raise ValueError(f"{key} is of dtype {found}, the global model's is {wanted}")
+            if found != wanted:
+                state_dict[key] = torch.from_numpy(record[key].numpy().astype(wanted))
+        return state_dict
 
     def _align(self, clients: list[_ClientModel]) -> tuple[list[Message], dict[str, float | int]]:
         """Return the replies with aligned models, and what the alignment did."""
@@ -179,13 +203,9 @@ class ReBasinStrategy(Strategy):
         permutations, sweeps = align_many(self.spec, models, weights, gauge)
         aligned, messages = [], []
         for client, permutation in zip(clients, permutations, strict=True):
-            if permutation.is_identity:
-                # The very arrays that came: nothing that need not change does.
-                moved = client.state_dict
-                arrays = {key: client.record[key] for key in self._arrays}
-            else:
-                moved = self.spec.apply(permutation, client.state_dict)
-                arrays = {key: Array(moved[key].numpy()) for key in self._arrays}
+            still = permutation.is_identity
+            moved = client.state_dict if still else self.spec.apply(permutation, client.state_dict)
+            arrays = {key: Array(moved[key].numpy()) for key in self._arrays}
             aligned.append(moved)
             messages.append(_with_arrays(client, ArrayRecord(arrays)))
         shares = normalised(weights, len(weights))
@@ -228,6 +248,32 @@ class ReBasinStrategy(Strategy):
             *(len(self.spec.groups), 100 * self.spec.freedom),
         )
         self.strategy.summary()
+
+
+def _alike(clients: list[_ClientModel]) -> list[_ClientModel]:
+    """Return the replies whose records are named as in most; Flower's strategies need them so."""
+
+    def records(client: _ClientModel) -> str:
+        named = {client.record_name: ["model"]}
+        for name, metrics in client.reply.content.metric_records.items():
+            named[name] = [
+                f"{key}[{len(value)}]" if isinstance(value, list) else key
+                for key, value in sorted(metrics.items())
+            ]
+        return str(named)
+
+    if not clients:
+        return []
+    usual, _ = Counter(map(records, clients)).most_common(1)[0]
+    for client in clients:
+        if records(client) != usual:
+            log(
+                WARNING,
+                "reply of node %s dropped: its records are not named as those of the others: %s",
+                client.reply.metadata.src_node_id,
+                records(client),
+            )
+    return [client for client in clients if records(client) == usual]
 
 
 def _with_arrays(client: _ClientModel, arrays: ArrayRecord) -> Message:
