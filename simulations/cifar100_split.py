@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 from experiment.data import DATASET_CHOICES, Dataset, load_dataset
 from experiment.errors import UserError
 from experiment.models import DEFAULT_WIDTHS
-from experiment.presets import DEFAULT_NORMS, PRESETS
+from experiment.presets import DEFAULT_NORMS, LEARNING_RATES, PRESETS
 from experiment.report import draw_interpolation, print_table, summarise, versions, write_json
 from experiment.seeding import client_indices, shared_model
 from experiment.server import FederationError
@@ -161,8 +161,8 @@ def check_writable(out: Path) -> None:
 
 def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
     """Fill in what the user left to the preset, and check that model and split are possible."""
-    preset = PRESETS[options.preset, dataset.name]
-    if options.model not in (None, preset.model):
+    own = preset = PRESETS[options.preset, dataset.name]
+    if options.model not in (None, own.model):
         # A preset's width and norm are meant for its own model.
         preset = replace(
             preset, model=options.model, norm=DEFAULT_NORMS[options.model],
@@ -174,6 +174,10 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
         if getattr(options, name) is not None
     }
     preset = replace(preset, **said)
+    if (preset.model, preset.norm) != (own.model, own.norm):
+        rate = LEARNING_RATES[preset.norm]
+        recipe = replace(own.recipe, learning_rate=rate, round_learning_rate=rate / 10)
+        preset = replace(preset, recipe=recipe)
     settings = Settings(
         dataset=dataset.name,
         data_dir=options.data_dir.absolute(),

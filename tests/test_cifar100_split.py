@@ -154,3 +154,24 @@ def test_ctrl_c_ends_soon_and_leaves_no_process(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
     assert [path.name for path in tmp_path.iterdir()] == ["flower.log"]
+
+
+def test_digits_in_place_of_cifar100_are_told_on_the_first_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(folder: Path) -> None:
+        raise OSError("no network")
+
+    def stop(*arguments: Any) -> None:
+        raise cifar100_split.UserError("far enough")
+
+    monkeypatch.setattr("experiment.data._download_cifar100", no_network)
+    monkeypatch.setattr(cifar100_split, "simulate", stop)
+    options = ["--data-dir", str(tmp_path / "empty"), "--out", str(tmp_path)]
+    with pytest.raises(cifar100_split.UserError, match="far enough"):
+        cifar100_split.run(options)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "nor can it be downloaded (no network)" in first
+    assert "handwritten digits instead" in first
+    with pytest.raises(cifar100_split.UserError, match="nor can it be downloaded"):
+        cifar100_split.run(["--dataset", "cifar100", *options])

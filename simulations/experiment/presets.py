@@ -22,6 +22,9 @@ class Preset:
     recipe: Recipe
 
 
+LEARNING_RATES = {"batch": 3e-2, "layer": 3e-3, "group": 3e-3, "none": 1e-3}
+"""Adam's peak for a norm that the preset does not have; BatchNorm bears by far the most."""
+
 _DIGITS = Recipe(1e-3, 1e-3, batch_size=50, flip=False)
 
 PRESETS = {
