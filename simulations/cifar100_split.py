@@ -243,17 +243,8 @@ def main() -> None:
         print(f"error: {error}; Flower's log is in the --out folder", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        stop()
-
-
-def stop() -> NoReturn:
-    """End at once: Flower's server thread would wait for its clients for an hour."""
-    import ray
-
-    print("interrupted: no results were written", file=sys.stderr)
-    ray.shutdown()
-    sys.stderr.flush()
-    os._exit(130)
+        print("interrupted: no results were written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ class Recorder(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As the wrapped strategy; replies and result are kept."""
         replies = list(replies)
-        self.failures = [str(reply.error.reason) for reply in replies if reply.has_error()]
+        self.failures = [
+            str(reply.error.reason).strip().splitlines()[-1]
+            for reply in replies
+            if reply.has_error()
+        ]
         self.replies = sorted(
             (reply for reply in replies if not reply.has_error()), key=client_number
         )

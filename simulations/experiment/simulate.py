@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -49,7 +55,7 @@ def simulate(
             runs.extend(compare(settings, dataset, grid, seed, progress) for seed in settings.seeds)
 
         _log_to(log_file)
-        with progress_bars(progress, console):
+        with _ending_at_once_on_ctrl_c(progress), progress_bars(progress, console):
             run_simulation(
                 server_app=server_app,
                 client_app=make_client_app(settings, progress, threads),
@@ -60,6 +66,31 @@ def simulate(
                 },
             )
     return runs
+
+
+@contextmanager
+def _ending_at_once_on_ctrl_c(folder: Path) -> Iterator[None]:
+    """End this process and Ray's when the user says so.
+
+    Left to themselves, Flower's server thread waits for its clients for an hour, and Ray's
+    processes for their work.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=5)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.write(2, b"\ninterrupted: no results were written\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _log_to(path: Path) -> None:

@@ -12,6 +12,8 @@ from experiment.data import Dataset
 
 EVALUATION_BATCH = 500
 STATISTICS_BATCH = 250
+SHORTEST_CYCLE = 8
+"""PyTorch's one-cycle schedule divides by zero where warming up takes less than two steps."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def train(
     peak = recipe.learning_rate if first_round else recipe.round_learning_rate
     optimiser = torch.optim.Adam(model.parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=peak, total_steps=total, pct_start=0.25
+        optimiser, max_lr=peak, total_steps=max(total, SHORTEST_CYCLE), pct_start=0.25
     )
     losses: list[Tensor] = []
     for epoch in range(epochs):
