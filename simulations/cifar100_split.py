@@ -205,7 +205,8 @@ def run(argv: list[str]) -> None:
     check_numbers(options)
     dataset = load_dataset(options.dataset, options.data_dir)
     if dataset.note:
-        console.print(f"[bold yellow]{dataset.note}[/]", soft_wrap=True)
+        # Not as markup: the reason may hold brackets.
+        console.print(dataset.note, style="bold yellow", markup=False, soft_wrap=True)
     settings = choose(options, dataset)
     check_writable(options.out)
     console.print(
@@ -214,6 +215,7 @@ def run(argv: list[str]) -> None:
         f"{settings.norm} norm; {settings.epochs} epochs; seeds {list(settings.seeds)}",
         soft_wrap=True,
     )
+    environment = versions()
     runs = simulate(settings, dataset, console, options.out / "flower.log")
     config = asdict(replace(settings, data_dir=Path())) | {"preset": options.preset}
     del config["data_dir"]
@@ -221,7 +223,7 @@ def run(argv: list[str]) -> None:
         "dataset": dataset.name,
         "note": dataset.note,
         "command": shlex.join(["python", "simulations/cifar100_split.py", *argv]),
-        "versions": versions(),
+        "versions": environment,
         "config": config,
         "runs": runs,
         "summary": summarise(runs),

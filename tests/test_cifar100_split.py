@@ -34,7 +34,16 @@ def real_run(
     out = tmp_path_factory.mktemp("results")
     if PACKED.is_file():
         folder = request.getfixturevalue("cifar_dir")
-        data = ["--dataset", "cifar100", "--data-dir", str(folder), "--limit", "500"]
+        data = [
+            "--dataset",
+            "cifar100",
+            "--data-dir",
+            str(folder),
+            "--limit",
+            "500",
+            "--width",
+            "8",
+        ]
     else:
         data = ["--dataset", "digits"]
     done = run(*data, "--epochs", "2", "--rounds", "2", "--init", "shared", "--out", str(out))
@@ -160,7 +169,7 @@ def test_digits_in_place_of_cifar100_are_told_on_the_first_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(folder: Path) -> None:
-        raise OSError("no network")
+        raise OSError("[Errno -3] no network")
 
     def stop(*arguments: Any) -> None:
         raise cifar100_split.UserError("far enough")
@@ -171,7 +180,7 @@ def test_digits_in_place_of_cifar100_are_told_on_the_first_line(
     with pytest.raises(cifar100_split.UserError, match="far enough"):
         cifar100_split.run(options)
     first = capsys.readouterr().out.splitlines()[0]
-    assert "nor can it be downloaded (no network)" in first
+    assert "nor can it be downloaded ([Errno -3] no network)" in first
     assert "handwritten digits instead" in first
     with pytest.raises(cifar100_split.UserError, match="nor can it be downloaded"):
         cifar100_split.run(["--dataset", "cifar100", *options])

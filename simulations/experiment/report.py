@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -100,7 +101,10 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     if len(seeds) > 1:
         caption += "Mean ± standard deviation over the seeds. "
     table = Table(
-        title=title, caption=caption + results["note"], title_justify="left", caption_justify="left"
+        title=title,
+        caption=caption + escape(results["note"]),
+        title_justify="left",
+        caption_justify="left",
     )
     parts = next(iter(results["summary"].values()))["part_accuracy"]
     table.add_column("method", no_wrap=True)
