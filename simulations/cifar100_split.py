@@ -26,7 +26,14 @@ from experiment.data import DATASET_CHOICES, Dataset, load_dataset
 from experiment.errors import UserError
 from experiment.models import DEFAULT_WIDTHS
 from experiment.presets import DEFAULT_NORMS, LEARNING_RATES, PRESETS
-from experiment.report import draw_interpolation, print_table, summarise, versions, write_json
+from experiment.report import (
+    draw_interpolation,
+    print_rounds,
+    print_table,
+    summarise,
+    versions,
+    write_json,
+)
 from experiment.seeding import client_indices, shared_model
 from experiment.server import FederationError
 from experiment.settings import Settings
@@ -231,6 +238,8 @@ def run(argv: list[str]) -> None:
     write_json(options.out / "results.json", results)
     draw_interpolation(options.out / "interpolation.png", results)
     print_table(wide, results)
+    if settings.rounds > 1:
+        print_rounds(wide, runs)
     console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
 
 

@@ -49,6 +49,7 @@ def real_run(
     done = run(*data, "--epochs", "2", "--rounds", "2", "--init", "shared", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "rebasin+bn" in done.stdout
+    assert "joint accuracy in % by round" in done.stdout
     return json.loads((out / "results.json").read_text()), out
 
 

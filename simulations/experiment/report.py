@@ -96,6 +96,8 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         "Clients, ensembles and barriers: the models of round 1, trained apart. "
         "Barriers between client 0 and client 1. "
     )
+    if config["rounds"] > 1:
+        caption += f"Merged models: after round {config['rounds']}. "
     if config["norm"] != "batch":
         caption += "This model has no BatchNorm: rows with +bn repeat those without. "
     if len(seeds) > 1:
@@ -123,6 +125,21 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
             else:
                 cells.append(_cell(row.get(key), scale))
         table.add_row(method, *cells, style="bold" if method == "rebasin+bn" else None)
+    console.print(table)
+
+
+def print_rounds(console: Console, runs: list[dict[str, Any]]) -> None:
+    """Print joint accuracy after each round, both arms with BatchNorm re-estimated."""
+    table = Table(title="joint accuracy in % by round", title_justify="left")
+    arms = [name for name in runs[0]["rounds"][0] if name != "round"]
+    for heading in ("round", *arms):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, entry in enumerate(runs[0]["rounds"]):
+        cells = [
+            _cell(_spread(run["rounds"][place][arm]["joint_accuracy"] for run in runs), 100)
+            for arm in arms
+        ]
+        table.add_row(str(entry["round"]), *cells)
     console.print(table)
 
 
