@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fl_rebasin.matching import (
@@ -86,12 +85,11 @@ def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -
 
 def _combine(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted sum of models, in their own dtype."""
-    return {
-        key: torch.stack(
-            [share * model[key] for share, model in zip(shares, models, strict=True)]
-        ).sum(0)
-        for key in models[0]
-    }
+    total = {key: shares[0] * value for key, value in models[0].items()}
+    for share, model in zip(shares[1:], models[1:], strict=True):
+        for key, value in total.items():
+            value.add_(model[key], alpha=share)
+    return total
 
 
 @dataclass

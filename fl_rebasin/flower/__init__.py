@@ -6,10 +6,12 @@ from fl_rebasin.flower.batchnorm import (
     recalibrate_on_clients,
 )
 from fl_rebasin.flower.strategy import ReBasinStrategy
+from fl_rebasin.flower.wrapper import WrappedStrategy
 
 __all__ = [
     "BatchNormRecalibration",
     "ReBasinStrategy",
+    "WrappedStrategy",
     "add_batchnorm_handler",
     "recalibrate_on_clients",
 ]

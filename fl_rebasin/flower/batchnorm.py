@@ -20,7 +20,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import nn
 
@@ -31,6 +31,7 @@ from fl_rebasin.batchnorm import (
     pool_statistics,
     with_statistics,
 )
+from fl_rebasin.flower.wrapper import WrappedStrategy
 
 ACTION = "rebasin_batchnorm"
 MESSAGE_TYPE = f"query.{ACTION}"
@@ -157,7 +158,7 @@ def recalibrate_on_clients(
     return ArrayRecord(state_dict), metrics
 
 
-class BatchNormRecalibration(Strategy):
+class BatchNormRecalibration(WrappedStrategy):
     """Wraps a strategy: re-estimates the BatchNorm statistics of its model after each round.
 
     `ReBasinStrategy` does so by itself; this is the same without alignment.
@@ -168,7 +169,7 @@ class BatchNormRecalibration(Strategy):
     """
 
     def __init__(self, strategy: Strategy | None = None, *, model: nn.Module) -> None:
-        self.strategy = strategy if strategy is not None else FedAvg()
+        super().__init__(strategy)
         self.model = model
         self._grid: Grid | None = None
 
@@ -177,33 +178,21 @@ class BatchNormRecalibration(Strategy):
     ) -> Iterable[Message]:
         """As the wrapped strategy; the grid is kept for the question after the round."""
         self._grid = grid
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate with the wrapped strategy, then ask those who replied for statistics."""
         replies = list(replies)
-        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is None or self._grid is None:
             return arrays, metrics
         nodes = [reply.metadata.src_node_id for reply in replies if not reply.has_error()]
         arrays, own = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
         return arrays, MetricRecord({**(metrics or {}), **own})
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """As the wrapped strategy."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
     def summary(self) -> None:
         """Log what is wrapped."""
         log(INFO, "\t├──> BatchNorm statistics re-estimated on the clients")
-        self.strategy.summary()
+        super().summary()

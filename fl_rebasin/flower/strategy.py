@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
+from fl_rebasin.flower.wrapper import WrappedStrategy
 from fl_rebasin.matching import check_finite
 from fl_rebasin.merging import align_many, average, mean_similarity, normalised
 from fl_rebasin.spec import PermutationSpec
@@ -38,7 +39,7 @@ class _ClientModel:
     weight: float
 
 
-class ReBasinStrategy(Strategy):
+class ReBasinStrategy(WrappedStrategy):
     """Aligns the hidden units of the clients' models, then lets any strategy aggregate them.
 
     Each round the replies are permuted into one basin (MergeMany with the replies' example counts
@@ -82,7 +83,7 @@ class ReBasinStrategy(Strategy):
         example_inputs: ExampleInputs,
         recalibrate_batchnorm: bool = True,
     ) -> None:
-        self.strategy = strategy if strategy is not None else FedAvg()
+        super().__init__(strategy)
         self.model = model
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
@@ -109,7 +110,7 @@ class ReBasinStrategy(Strategy):
         check_finite(self.spec, arrays.to_torch_state_dict(), "global model")
         self._arrays = arrays
         self._grid = grid
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -140,7 +141,7 @@ class ReBasinStrategy(Strategy):
         if clients:
             aligned, own = self._align(clients)
             handed_on += aligned
-        arrays, metrics = self.strategy.aggregate_train(server_round, handed_on)
+        arrays, metrics = super().aggregate_train(server_round, handed_on)
         if arrays is None:
             return arrays, metrics
         arrays = _like(arrays, self._arrays)
@@ -228,18 +229,6 @@ class ReBasinStrategy(Strategy):
             "rebasin-seconds": seconds,
         }
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """As the wrapped strategy."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
     def summary(self) -> None:
         """Log what may move, then what the wrapped strategy has to say."""
         log(
@@ -247,7 +236,7 @@ class ReBasinStrategy(Strategy):
             "\t├──> Re-Basin: %s groups of units, %.1f %% of the parameters may move",
             *(len(self.spec.groups), 100 * self.spec.freedom),
         )
-        self.strategy.summary()
+        super().summary()
 
 
 def _alike(clients: list[_ClientModel]) -> list[_ClientModel]:

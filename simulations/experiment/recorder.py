@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
+
+from fl_rebasin.flower import WrappedStrategy
 
 ModelState = dict[str, Tensor]
 
@@ -18,7 +19,7 @@ def client_number(reply: Message) -> int:
     return cast(int, reply.content.config_records["client"]["number"])
 
 
-class Recorder(Strategy):
+class Recorder(WrappedStrategy):
     """Wraps a strategy and keeps what goes in and out of its aggregation.
 
     Attributes:
@@ -29,16 +30,10 @@ class Recorder(Strategy):
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
+        super().__init__(strategy)
         self.replies: list[Message] = []
         self.failures: list[str] = []
         self.arrays: ArrayRecord | None = None
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy."""
-        return self.strategy.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -53,24 +48,8 @@ class Recorder(Strategy):
         self.replies = sorted(
             (reply for reply in replies if not reply.has_error()), key=client_number
         )
-        self.arrays, metrics = self.strategy.aggregate_train(server_round, self.replies)
+        self.arrays, metrics = super().aggregate_train(server_round, self.replies)
         return self.arrays, metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """As the wrapped strategy."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """As the wrapped strategy."""
-        self.strategy.summary()
 
     def models(self) -> list[ModelState]:
         """Return the models of the last round's replies."""
