@@ -40,7 +40,7 @@ from experiment.settings import Settings
 from experiment.simulate import simulate
 from rich.console import Console
 
-TABLE_WIDTH = 124
+TABLE_WIDTH = 132
 
 
 class Parser(argparse.ArgumentParser):
