@@ -218,6 +218,7 @@ def merge_many(
     Source: Git Re-Basin, Algorithm 3 (MergeMany), with weights.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from fl_rebasin import derive_spec
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
