@@ -7,11 +7,12 @@ here too; they are imported on first use, so that the core works without Flower.
 from typing import TYPE_CHECKING, Any
 
 from fl_rebasin.batchnorm import recalibrate_batchnorm
+from fl_rebasin.derive import derive_spec
 from fl_rebasin.matching import Match, match_weights
 from fl_rebasin.merging import Merge, interpolate, merge_many
 from fl_rebasin.metrics import Barrier, barrier
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
-from fl_rebasin.trace import derive_spec
+from fl_rebasin.stored import spec_from_json, spec_to_json
 
 if TYPE_CHECKING:
     from fl_rebasin.flower import ReBasinStrategy
@@ -30,6 +31,8 @@ __all__ = [
     "match_weights",
     "merge_many",
     "recalibrate_batchnorm",
+    "spec_from_json",
+    "spec_to_json",
 ]
 
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fl_rebasin.assignment import assign
-from fl_rebasin.spec import (
-    Axis,
-    Cat,
-    Group,
-    Permutation,
-    PermutationSpec,
-    Prod,
-    SpecError,
-    StateDict,
-    groups_of,
-)
+from fl_rebasin.axes import Axis, Cat, Group, Prod, groups_of
+from fl_rebasin.spec import Permutation, PermutationSpec, SpecError, StateDict
 
 RELATIVE_TOLERANCE = 1e-12
 """An improvement counts when it exceeds this share of the objective's scale (float64 sums)."""
@@ -69,29 +59,26 @@ def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     return inner(left, right) / scale if scale else 0.0
 
 
-def unit_rows(block: Tensor, axis: Axis, group: str) -> Iterator[Tensor]:
-    """Yield matrices whose rows are the units of a group, one for each place where it stands.
+def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[Axis, ...]]]:
+    """Yield the parts of a tensor whose axes are plain groups or fixed, with these axes.
 
-    Args:
-        block: shape `(before, axis.size, after)`.
-        axis: what the middle axis is.
-        group: name of the group.
+    Concatenations are taken apart, products become axes of their own; every part is a view if the
+    tensor is contiguous.
     """
-    match axis:
-        case Group(name, size) if name == group:
-            yield block.movedim(1, 0).reshape(size, -1)
-        case Cat(parts):
-            offset = 0
-            for part in parts:
-                yield from unit_rows(block.narrow(1, offset, part.size), part, group)
-                offset += part.size
-        case Prod(factors):
-            for place, part in enumerate(factors):
-                if any(found.name == group for found in groups_of(part)):
-                    before = block.shape[0] * math.prod(f.size for f in factors[:place])
-                    yield from unit_rows(block.reshape(before, part.size, -1), part, group)
-        case _:
-            return
+    for dim, axis in enumerate(axes):
+        match axis:
+            case Cat(parts):
+                offset = 0
+                for part in parts:
+                    piece = tensor.narrow(dim, offset, part.size)
+                    yield from pieces(piece, (*axes[:dim], part, *axes[dim + 1 :]))
+                    offset += part.size
+                return
+            case Prod(factors):
+                unfolded = tensor.unflatten(dim, [part.size for part in factors])
+                yield from pieces(unfolded, (*axes[:dim], *factors, *axes[dim + 1 :]))
+                return
+    yield tensor, tuple(axes)
 
 
 class Matcher:
@@ -114,6 +101,11 @@ class Matcher:
         self.target = target
         self.weights = dict(weights)
         self.permutation = spec.identity()
+        self._still = dict(self.permutation.indices)
+        # Units within blocks are matched together with their blocks.
+        self._inside: dict[str, list[str]] = {name: [] for name in spec.groups}
+        for name, blocks in spec.within.items():
+            self._inside[blocks].append(name)
         # For each tensor how often each group stands on its axes, and the other way round.
         self._groups = {
             key: Counter(group.name for axis in spec.axes[key] for group in groups_of(axis))
@@ -126,27 +118,84 @@ class Matcher:
         norms = {key: float(target[key].norm() * weights[key].norm()) for key in self._groups}
         self._scale = {name: sum(map(norms.__getitem__, keys)) for name, keys in self._keys.items()}
 
+    def _pieces(self, key: str) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """Yield parts of one tensor, of target and own weights, and the groups on their axes."""
+        axes = self.spec.axes[key]
+        for (left, atoms), (right, _) in zip(
+            pieces(self.target[key], axes), pieces(self.weights[key], axes), strict=True
+        ):
+            yield left, right, [atom.name if isinstance(atom, Group) else "" for atom in atoms]
+
     def similarity(self, group: str, keys: Iterable[str]) -> Tensor:
         """Return the `(n, n)` inner products of target units and own units of one group.
+
+        For a group within blocks the result has shape `(blocks, n, n)`.
 
         Args:
             group: name of the group, of `n` units.
             keys: tensors that count; those that the group does not move add nothing.
         """
-        size = self.spec.groups[group]
-        device = self.target[self._keys[group][0]].device if self._keys[group] else None
-        total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        size, blocks = self.spec.groups[group], self.spec.within.get(group)
+        shape = (size, size) if blocks is None else (self.spec.groups[blocks], size, size)
+        total = self._zeros(group, shape)
         for key in keys:
-            shape = self.target[key].shape
-            for dim, axis in enumerate(self.spec.axes[key]):
-                blocks = [
-                    tensor.reshape(math.prod(shape[:dim]), shape[dim], -1)
-                    for tensor in (self.target[key], self.weights[key])
-                ]
-                rows = (unit_rows(block, axis, group) for block in blocks)
-                for left, right in zip(*rows, strict=True):
-                    total += left @ right.T
+            for left, right, names in self._pieces(key):
+                for dim in (place for place, name in enumerate(names) if name == group):
+                    rows = [side.movedim(dim, 0) for side in (left, right)]
+                    if blocks is not None:
+                        block = names.index(blocks)
+                        block += block < dim
+                        rows = [side.movedim(block, 0) for side in rows]
+                    one, other = (side.reshape(*shape[:-1], -1) for side in rows)
+                    total += one @ other.mT
         return total
+
+    def _zeros(self, group: str, shape: Sequence[int]) -> Tensor:
+        device = self.target[self._keys[group][0]].device if self._keys[group] else None
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def _assigned(self, group: str, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return the best move of one group, with the units within its blocks."""
+        if group in self.spec.within:
+            return {group: torch.stack([assign(each) for each in self.similarity(group, keys)])}
+        inside = self._inside[group]
+        if not inside:
+            return {group: assign(self.similarity(group, keys))}
+        # What a pair of blocks gains depends on how the units within are paired, which is best
+        # found for each pair of blocks.
+        count = self.spec.groups[group]
+        gain = self._zeros(group, (count, count))
+        within = {
+            name: self._zeros(group, (count, count, self.spec.groups[name], self.spec.groups[name]))
+            for name in inside
+        }
+        for key in keys:
+            for left, right, names in self._pieces(key):
+                for dim in (place for place, name in enumerate(names) if name == group):
+                    one, other = left.movedim(dim, 0), right.movedim(dim, 0)
+                    rest = names[:dim] + names[dim + 1 :]
+                    # Of two such groups in one tensor only one can be solved for at a time.
+                    name = next((name for name in inside if name in rest), None)
+                    if name is None:
+                        gain += one.reshape(count, -1) @ other.reshape(count, -1).T
+                        continue
+                    place = 1 + rest.index(name)
+                    size = self.spec.groups[name]
+                    one, other = (
+                        side.movedim(place, 1).reshape(count * size, -1) for side in (one, other)
+                    )
+                    gram = (one @ other.T).reshape(count, size, count, size)
+                    within[name] += gram.transpose(1, 2)
+        orders = {}
+        for name, each in within.items():
+            orders[name] = torch.stack(
+                [torch.stack([assign(pair) for pair in row]) for row in each]
+            )
+            gain += each.gather(3, orders[name][..., None].to(each.device)).sum((2, 3))
+        index = assign(gain)
+        return {group: index} | {
+            name: order[torch.arange(count), index] for name, order in orders.items()
+        }
 
     def _objective(self, group: str, weights: Mapping[str, Tensor]) -> float:
         """Return the part of the objective that a group's tensors make up."""
@@ -159,20 +208,18 @@ class Matcher:
         makes it quadratic, and the linear assignment an approximation). With `settled_only`, the
         tensors to go by, it is kept anyway.
         """
-        keys = self._keys[group] if settled_only is None else settled_only
-        index = assign(self.similarity(group, keys))
-        if torch.equal(index, torch.arange(len(index))):
+        keys = self._keys[group] if settled_only is None else list(settled_only)
+        move = Permutation(self._assigned(group, keys))
+        if move.is_identity:
             return False
-        move = Permutation({group: index})
         moved = {key: self.spec.move(key, self.weights[key], move) for key in self._keys[group]}
         if settled_only is None:
             gain = self._objective(group, moved) - self._objective(group, self.weights)
             if gain <= RELATIVE_TOLERANCE * self._scale[group]:
                 return False
         self.weights |= moved
-        indices = dict(self.permutation.indices)
-        indices[group] = indices[group][index]
-        self.permutation = Permutation(indices)
+        full = Permutation({**self._still, **move.indices}, self.spec.within)
+        self.permutation = full.compose(self.permutation)
         return True
 
     def start_canonical(self) -> None:
@@ -182,10 +229,12 @@ class Matcher:
         other tensors say depends on an order that means nothing yet. The group about which the
         settled tensors say most goes first.
         """
-        waiting = {key: set(groups) for key, groups in self._groups.items()}
-        total = dict.fromkeys(self._keys, 1)
-        known = dict.fromkeys(self._keys, 0)
-        usable: dict[str, list[str]] = {name: [] for name in self._keys}
+        within = self.spec.within
+        waiting = {key: {*groups} - within.keys() for key, groups in self._groups.items()}
+        names = [name for name in self._keys if name not in within]
+        total = dict.fromkeys(names, 1)
+        known = dict.fromkeys(names, 0)
+        usable: dict[str, list[str]] = {name: [] for name in names}
 
         def offer(key: str) -> None:
             # A group on two axes of a tensor hides its own order from itself.
@@ -199,7 +248,7 @@ class Matcher:
                 total[name] += self.target[key].numel()
             if len(groups) == 1:
                 offer(key)
-        unsettled = list(self._keys)
+        unsettled = list(names)
         while unsettled:
             best = max(unsettled, key=lambda name: known[name] / total[name])
             unsettled.remove(best)

@@ -1,22 +1,19 @@
-"""What may be permuted in a model, and the permutations themselves.
-
-An axis of a tensor is described by an expression over *groups* (sets of units that may be
-permuted): a plain group, a fixed axis, a concatenation, or a row-major product. One small algebra
-carries flattening (a product), skip concatenations (a concatenation) and grouped convolutions.
-"""
+"""What may be permuted in a model, and the permutations themselves."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-StateDict: TypeAlias = Mapping[str, Tensor]
+from fl_rebasin.axes import Axis, groups_of, move_tensor
 
+StateDict: TypeAlias = Mapping[str, Tensor]
 
 REMEDY = "derive the spec from a model of the state dict's own architecture"
 
@@ -25,87 +22,18 @@ class SpecError(ValueError):
     """A model, a state dict or a permutation that does not fit."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """A set of `size` units that may be permuted."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """`size` places whose order must stay."""
-
-    size: int
-
-
-@dataclass(frozen=True)
-class Cat:
-    """The parts, one after another."""
-
-    parts: tuple[Axis, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of places."""
-        return sum(part.size for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Prod:
-    """The row-major product of the factors: the last factor runs fastest."""
-
-    factors: tuple[Axis, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of places."""
-        return math.prod(factor.size for factor in self.factors)
-
-
-Axis: TypeAlias = Group | Fixed | Cat | Prod
-
-
-def groups_of(axis: Axis) -> Iterator[Group]:
-    """Yield the groups of an axis, left to right; a group used twice comes twice."""
-    match axis:
-        case Group():
-            yield axis
-        case Cat(parts) | Prod(parts):
-            for part in parts:
-                yield from groups_of(part)
-
-
-def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
-    """Return the index tensor of shape `(axis.size,)` that moves an axis by a permutation.
-
-    Groups that the permutation does not name stay as they are.
-    """
-    match axis:
-        case Group(name, size):
-            return permutation.get(name, torch.arange(size))
-        case Fixed(size):
-            return torch.arange(size)
-        case Cat(parts):
-            offset, pieces = 0, []
-            for part in parts:
-                pieces.append(axis_index(part, permutation) + offset)
-                offset += part.size
-            return torch.cat(pieces)
-        case Prod(factors):
-            index = torch.zeros(1, dtype=torch.int64)
-            for factor in factors:
-                inner = axis_index(factor, permutation)
-                index = (index[:, None] * factor.size + inner[None, :]).reshape(-1)
-            return index
-
-
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """One index tensor a group: after the move, unit `k` is the old unit `indices[group][k]`."""
+    """Where the units come from: after the move, unit `k` is the old unit `indices[group][k]`.
+
+    Attributes:
+        indices: for each group an int64 tensor of shape `(size,)`; for a group within blocks
+            `(blocks, size)`, where row `k` is the order within the block that comes to place `k`.
+        within: for each group within blocks the name of the group of the blocks.
+    """
 
     indices: Mapping[str, Tensor]
+    within: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, group: str) -> Tensor:
         return self.indices[group]
@@ -121,20 +49,33 @@ class Permutation:
 
     def invert(self) -> Permutation:
         """Return the permutation that undoes this one."""
-        return Permutation({name: torch.argsort(index) for name, index in self.indices.items()})
+        indices = {}
+        for name, index in self.indices.items():
+            back = torch.argsort(index)
+            if name in self.within:
+                back = back[torch.argsort(self.indices[self.within[name]])]
+            indices[name] = back
+        return replace(self, indices=indices)
 
     def compose(self, first: Permutation) -> Permutation:
         """Return the permutation that applies `first` and then this one."""
-        if self.indices.keys() != first.indices.keys():
-            odd = sorted(self.indices.keys() ^ first.indices.keys())
-            raise SpecError(f"permutations of different specs: only one of them has {odd[:3]}")
-        return Permutation({k: first.indices[k][index] for k, index in self.indices.items()})
+        if self.indices.keys() != first.indices.keys() or self.within != first.within:
+            odd = sorted(self.indices.keys() ^ first.indices.keys()) or sorted(self.within)
+            raise SpecError(f"permutations of different specs: they differ in {odd[:3]}")
+        indices = {}
+        for name, index in self.indices.items():
+            if name in self.within:
+                blocks = self.indices[self.within[name]]
+                indices[name] = first.indices[name][blocks].gather(1, index.expand(len(blocks), -1))
+            else:
+                indices[name] = first.indices[name][index]
+        return replace(self, indices=indices)
 
     @property
     def moved(self) -> int:
         """Number of units that do not stay in their place."""
         return sum(
-            int((index != torch.arange(len(index))).sum()) for index in self.indices.values()
+            int((index != torch.arange(index.shape[-1])).sum()) for index in self.indices.values()
         )
 
     @property
@@ -150,6 +91,9 @@ class PermutationSpec:
     Attributes:
         axes: for each key of the state dict one expression an axis (none for a scalar).
         groups: name and size of everything that may be permuted.
+        within: for each group of units within blocks (of an attention head, for example) the
+            group of the blocks; each block has such units of its own.
+        fingerprint: identifies the architecture that the spec was derived from.
         pinned: axes that may not move, as `"key[axis]"`, each with its reason.
         learnable: keys of the parameters that count in the matching objective; buffers are
             permuted along but do not count, and a tied tensor counts once.
@@ -159,16 +103,30 @@ class PermutationSpec:
     groups: Mapping[str, int]
     pinned: Mapping[str, str]
     learnable: tuple[str, ...]
+    within: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def identity(self) -> Permutation:
         """Return the permutation that moves nothing."""
-        return Permutation({name: torch.arange(size) for name, size in self.groups.items()})
+        return Permutation(
+            {name: torch.arange(shape[-1]).repeat(*shape[:-1], 1).reshape(shape)
+             for name, shape in self._shapes()},
+            self.within,
+        )  # fmt: skip
 
     def random(self, generator: torch.Generator) -> Permutation:
         """Return a uniformly random permutation of every group."""
         return Permutation(
-            {name: torch.randperm(size, generator=generator) for name, size in self.groups.items()}
-        )
+            {name: torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+             for name, shape in self._shapes()},
+            self.within,
+        )  # fmt: skip
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the shape of each group's index tensor."""
+        for name, size in self.groups.items():
+            blocks = self.within.get(name)
+            yield name, (size,) if blocks is None else (self.groups[blocks], size)
 
     @property
     def freedom(self) -> float:
@@ -227,39 +185,74 @@ class PermutationSpec:
 
         Groups that the permutation does not name stay. The dtype is kept.
         """
-        moved = tensor.detach().clone()
-        for dim, axis in enumerate(self.axes[key]):
-            if any(group.name in permutation.indices for group in groups_of(axis)):
-                index = axis_index(axis, permutation.indices).to(tensor.device)
-                moved = moved.index_select(dim, index)
-        return moved
+        return move_tensor(tensor, self.axes[key], permutation.indices)
 
     def _check_permutation(self, permutation: Permutation) -> None:
         if odd := sorted(permutation.indices.keys() ^ self.groups.keys()):
             raise SpecError(f"permutation and spec differ in the groups {odd[:3]}")
-        for name, size in self.groups.items():
+        for name, shape in self._shapes():
             index = permutation.indices[name]
-            if index.shape != (size,) or not torch.equal(index.sort().values, torch.arange(size)):
-                raise SpecError(f"{name}: not a permutation of {size} units")
+            # One order for all blocks may be given for those within blocks.
+            fits = index.shape in (shape, shape[-1:])
+            if not fits or not torch.equal(
+                index.sort(-1).values, torch.arange(shape[-1]).expand_as(index)
+            ):
+                raise SpecError(f"{name}: not a permutation of {shape[-1]} units")
 
     def describe(self) -> str:
-        """Return a readable table: the groups with what they permute, then what is pinned."""
+        """Return a readable table: the groups with what they permute, then what is pinned.
+
+        The number of a group within blocks is given as `blocks x size`.
+        """
         uses: dict[str, list[str]] = {name: [] for name in self.groups}
         for key, axes in self.axes.items():
             for dim, axis in enumerate(axes):
                 for group in dict.fromkeys(groups_of(axis)):
                     uses[group.name].append(f"{key}[{dim}]")
-        width = max([len(name) for name in uses] + [5])
-        lines = [f"{'group':<{width}}  {'size':>6}  permutes"]
-        lines += [
-            f"{name:<{width}}  {self.groups[name]:>6}  {', '.join(keys)}"
-            for name, keys in uses.items()
+        uses = {name: _grouped(places) for name, places in uses.items()}
+        sizes = {name: " x ".join(map(str, shape)) for name, shape in self._shapes()}
+        reasons: dict[str, list[str]] = {}
+        for place, reason in self.pinned.items():
+            reasons.setdefault(reason, []).append(place)
+        lines = [
+            *_table(
+                ("group", "size", "permutes"),
+                [(name, sizes[name], keys) for name, keys in uses.items()],
+            ),
+            f"{len(uses)} groups, {self.freedom:.1%} of the parameters have a free axis",
         ]
-        lines.append(f"{len(uses)} groups, {self.freedom:.1%} of the parameters have a free axis")
-        if self.pinned:
-            width = max(len(place) for place in self.pinned)
-            lines.append(f"{'pinned':<{width}}  reason")
-            lines += [f"{place:<{width}}  {reason}" for place, reason in self.pinned.items()]
+        if reasons:
+            lines += _table(
+                ("pinned", "axes", "which"),
+                [
+                    (reason, str(len(places)), _grouped(places))
+                    for reason, places in reasons.items()
+                ],
+            )
         return "\n".join(lines)
 
     __str__ = describe
+
+
+def _grouped(places: list[str]) -> list[str]:
+    """Write the axes of one tensor together: `key[0]` and `key[2]` as `key[0,2]`."""
+    dims: dict[str, list[str]] = {}
+    for place in places:
+        key, _, dim = place.rpartition("[")
+        dims.setdefault(key, []).append(dim.removesuffix("]"))
+    return [f"{key}[{','.join(numbers)}]" for key, numbers in dims.items()]
+
+
+def _table(head: tuple[str, str, str], rows: list[tuple[str, str, list[str]]]) -> list[str]:
+    """Lay out rows of a name, a number and a list, which is wrapped."""
+    first = max(len(name) for name in (head[0], *(row[0] for row in rows)))
+    second = max(len(number) for number in (head[1], *(row[1] for row in rows)))
+    lines = [f"{head[0]:<{first}}  {head[1]:>{second}}  {head[2]}"]
+    for name, number, items in rows:
+        indent = " " * (first + second + 4)
+        text = textwrap.fill(
+            ", ".join(items), max(100, len(indent) + 40), initial_indent=indent,
+            subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        lines.append(f"{name:<{first}}  {number:>{second}}  {text.lstrip()}")
+    return lines

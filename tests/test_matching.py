@@ -8,9 +8,9 @@ from helpers import assert_same, random_state, spec_of
 from torch import nn
 from zoo import ZOO, Entry
 
-from fl_rebasin import Permutation, SpecError, derive_spec, match_weights
+from fl_rebasin import Permutation, PermutationSpec, SpecError, derive_spec, match_weights
+from fl_rebasin.axes import groups_of
 from fl_rebasin.matching import Matcher, inner, weights_of
-from fl_rebasin.spec import groups_of
 
 MODELS = pytest.mark.parametrize("name", ZOO)
 
@@ -42,6 +42,15 @@ def test_a_planted_permutation_is_undone_under_noise(name: str) -> None:
     assert match.permutation.compose(planted).is_identity
 
 
+def meets_itself(spec: PermutationSpec, *groups: str) -> bool:
+    """Whether a group stands on two axes of one tensor."""
+    return any(
+        sum(found.name == group for axis in axes for found in groups_of(axis)) > 1
+        for axes in spec.axes.values()
+        for group in groups
+    )
+
+
 @MODELS
 def test_similarity_is_the_gain_of_every_permutation(name: str) -> None:
     """`S[i, p(i)]` summed is the objective of moving by p, up to what p does not touch."""
@@ -49,18 +58,17 @@ def test_similarity_is_the_gain_of_every_permutation(name: str) -> None:
     left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
     generator = torch.Generator().manual_seed(0)
     for group, size in spec.groups.items():
-        if any(
-            sum(found.name == group for axis in axes for found in groups_of(axis)) > 1
-            for axes in spec.axes.values()
-        ):
+        if meets_itself(spec, group):
             continue  # quadratic: the matrix is its linearisation
         matrix = Matcher(spec, left, right).similarity(group, spec.learnable)
+        still = torch.arange(size).expand(matrix.shape[:-1])
         for _ in range(3):
-            index = torch.randperm(size, generator=generator)
+            index = torch.rand(still.shape, generator=generator).argsort(-1)
             move = Permutation({group: index})
             moved = {key: spec.move(key, value, move) for key, value in right.items()}
             gain = inner(left, moved) - inner(left, right)
-            expected = float(matrix[torch.arange(size), index].sum() - matrix.trace())
+            best, before = (matrix.gather(-1, each[..., None]).sum() for each in (index, still))
+            expected = float(best - before)
             assert gain == pytest.approx(expected, abs=1e-4)
 
 
@@ -78,7 +86,8 @@ def test_the_objective_never_falls(name: str) -> None:
             heights.append(matcher.objective)
     slack = 1e-6 * (inner(left, left) * inner(right, right)) ** 0.5
     assert all(b >= a - slack for a, b in itertools.pairwise(heights))
-    assert heights[-1] > heights[0]
+    # The assignment of a group that meets itself is an approximation, which may find nothing.
+    assert heights[-1] > heights[0] or meets_itself(spec, *spec.groups)
     # What the steps did is what the permutation says.
     for key, value in right.items():
         torch.testing.assert_close(

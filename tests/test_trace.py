@@ -34,17 +34,19 @@ INPUT = torch.zeros(2, 4)
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x.cumsum(1), "no rule for aten.cumsum"),
+        (lambda x: x.cumsum(1), "cumulated"),
         (lambda x: x * torch.arange(6.0), "no rule for aten.arange"),
-        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "no rule for aten.index"),
-        (lambda x: x.flip(1), "no rule for aten.flip"),
+        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "looked up by number"),
+        (lambda x: x.flip(1), "flipped"),
+        (lambda x: x @ torch.linalg.inv(torch.eye(6) + x[:1].T @ x[:1]), "no rule for"),
+        (lambda x: x.as_strided((6, 2), (1, 6)).mT, "no rule for these arguments of"),
     ],
 )
-def test_what_has_no_rule_pins_and_says_so(between: Any, reason: str) -> None:
+def test_what_cannot_be_followed_pins_and_says_so(between: Any, reason: str) -> None:
     spec = derive_spec(Module(between), INPUT)
     assert spec.groups == {}
-    assert spec.pinned["first.weight[0]"] == reason
-    assert spec.pinned["second.weight[1]"] == reason
+    assert spec.pinned["first.weight[0]"].startswith(reason)
+    assert spec.pinned["second.weight[1]"].startswith(reason)
 
 
 def test_order_of_two_axes_meets_and_is_pinned() -> None:
@@ -163,8 +165,8 @@ def test_a_real_architecture_keeps_its_function() -> None:
 
 def test_describe_lists_groups_and_reasons() -> None:
     text = str(derive_spec(Module(torch.relu), INPUT))
-    assert "first       6  first.weight[0], first.bias[0], second.weight[1]" in text
-    assert "second.weight[0]  model output" in text
+    assert "first     6  first.weight[0], first.bias[0], second.weight[1]" in text
+    assert "model output     2  second.weight[0], second.bias[0]" in text
 
 
 @dataclass

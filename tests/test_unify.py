@@ -79,7 +79,8 @@ def test_what_does_not_fit_is_pinned_on_both_sides() -> None:
 
 def test_units_are_not_torn() -> None:
     assert cut(product([Unknown(2), Unknown(3)]), 2) is None
-    assert factor(join([Unknown(2), Unknown(4)]), 2) is None
+    assert factor(join([Unknown(2), product([Unknown(2), Unknown(2)])]), 3) is not None
+    assert factor(join([Unknown(2), product([Unknown(2), Unknown(3)])]), 2) is None
     assert factor(Unknown(7), 2) is None
 
 
@@ -98,7 +99,8 @@ def test_reshape_keeps_sizes_and_order(shape: list[int]) -> None:
     again = reshape([flat], shape, "torn")
     assert [term.size for term in again] == shape
     for before, after in zip(axes, again, strict=True):
-        assert list(leaves(before)) == list(leaves(after))
+        # One place alone has no order, and needs no identity.
+        assert before.size == 1 or list(leaves(before)) == list(leaves(after))
         assert reasons(after) <= {None}
 
 
@@ -111,4 +113,4 @@ def test_a_cut_or_factored_unknown_says_so_everywhere(size: int, data: st.DataOb
     pair = factor(axis, outer)
     assert pair is not None
     assert pair[0].size == outer
-    assert list(leaves(product(pair))) == list(leaves(same))
+    assert size == 1 or list(leaves(product(pair))) == list(leaves(same))

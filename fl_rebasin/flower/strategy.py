@@ -17,12 +17,12 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
+from fl_rebasin.derive import ExampleInputs, derive_spec
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
 from fl_rebasin.flower.wrapper import WrappedStrategy
 from fl_rebasin.matching import check_finite
 from fl_rebasin.merging import align_many, average, mean_similarity, normalised
 from fl_rebasin.spec import PermutationSpec
-from fl_rebasin.trace import ExampleInputs, derive_spec
 
 MAX_EXAMPLES = 1e15
 """More training examples than any client can have: a reply above it is dropped."""

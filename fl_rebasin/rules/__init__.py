@@ -5,13 +5,32 @@ between axes (`unify`, `pin`), assigns the axes of the result, and returns True.
 like having no rule at all, pins everything that the operator touches.
 """
 
+from fl_rebasin.rules.complexes import COMPLEXES
+from fl_rebasin.rules.gates import GATES
+from fl_rebasin.rules.indexing import INDEXING
 from fl_rebasin.rules.linear import LINEAR
 from fl_rebasin.rules.norms import NORMS
+from fl_rebasin.rules.ordering import ORDERING
 from fl_rebasin.rules.pointwise import POINTWISE, pointwise
 from fl_rebasin.rules.reductions import REDUCTIONS
 from fl_rebasin.rules.shapes import SHAPES
+from fl_rebasin.rules.sparse import SPARSE
 from fl_rebasin.rules.spatial import SPATIAL
+from fl_rebasin.rules.vectors import VECTORS
 
-RULES = {**POINTWISE, **LINEAR, **NORMS, **SPATIAL, **SHAPES, **REDUCTIONS}
+RULES = {
+    **POINTWISE,
+    **LINEAR,
+    **NORMS,
+    **SPATIAL,
+    **SHAPES,
+    **REDUCTIONS,
+    **INDEXING,
+    **ORDERING,
+    **VECTORS,
+    **GATES,
+    **SPARSE,
+    **COMPLEXES,
+}
 
 __all__ = ["RULES", "pointwise"]

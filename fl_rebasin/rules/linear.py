@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import Term, Unknown, factor, pin, product, unify
+from fl_rebasin.unify import Term, Unknown, factor, mix, pin, product, unify, unify_places
 
 
 def matmul(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """`(..., n, k) @ (..., k, m)`, with or without a batch axis."""
     left, right = trace.axes(args[0]), trace.axes(args[1])
-    unify(left[-1], right[-2])
-    for one, other in zip(left[:-2], right[:-2], strict=True):
-        unify(one, other)
+    unify_places(left[:-2], right[:-2])
+    mix(left, [len(left) - 1])
+    mix(right, [len(right) - 2])
+    unify(left[-1], right[-2], along=left[:-2])
     trace.assign(out, [*left[:-1], right[-1]])
     return True
 
@@ -44,13 +45,13 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         contracted, result = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
         unify(image[1], contracted)
     else:
-        # Block g of the input meets only block g of the weight: blocks move together, and the
-        # units within move alike in every block, since they share the weight's second axis.
+        # Block g of the input meets only block g of the weight: blocks move together, and in each
+        # block the units on their own.
         inputs, outer = factor(image[1], groups), factor(weight[0], groups)
         if inputs is None or outer is None:
             return False
         unify(inputs[0], outer[0])
-        unify(inputs[1], outer[1] if transposed else weight[1])
+        unify(inputs[1], outer[1] if transposed else weight[1], along=inputs[:1])
         result = product([inputs[0], weight[1]]) if transposed else weight[0]
     if args[2] is not None:
         unify(result, trace.axes(args[2])[0])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import Term, Unknown, cut, factor, unify
+from fl_rebasin.unify import Unknown, factor, mix, unify, unify_places
 
 
 def _statistics(trace: Trace, tensors: Any) -> None:
@@ -20,6 +19,7 @@ def _statistics(trace: Trace, tensors: Any) -> None:
 def batch_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Weight, bias and running statistics follow the channels of the input."""
     axes = trace.axes(args[0])
+    mix(axes, [dim for dim in range(len(axes)) if dim != 1])
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             unify(axes[1], trace.axes(tensor)[0])
@@ -31,32 +31,21 @@ def batch_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> boo
 def layer_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Mean and variance do not care for order: the normalised axes stay free."""
     axes = trace.axes(args[0])
+    mix(axes, range(len(axes) - len(args[1]), len(axes)))
     for tensor in args[2:4]:
         if isinstance(tensor, Tensor):
-            for term, other in zip(axes[-tensor.ndim :], trace.axes(tensor), strict=True):
-                unify(term, other)
+            unify_places(axes[-tensor.ndim :], trace.axes(tensor))
     trace.assign(out[0], axes)
     _statistics(trace, out[1:])
     return True
 
 
 def group_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Channels may move within their group, or the groups as blocks: whichever is freer."""
+    """Groups move as blocks, and within each group its channels."""
     axes, groups = trace.axes(args[0]), args[6]
     channels = axes[1]
-    size = channels.size // groups
-    within = groups * math.lgamma(size + 1)
-    as_blocks = math.lgamma(groups + 1) + math.lgamma(size + 1)
-    if as_blocks > within:
-        if factor(channels, groups) is None:
-            return False
-    else:
-        rest: Term = channels
-        for _ in range(groups - 1):
-            halves = cut(rest, size)
-            if halves is None:
-                return False
-            rest = halves[1]
+    if factor(channels, groups) is None:
+        return False
     for tensor in args[1:3]:
         if isinstance(tensor, Tensor):
             unify(channels, trace.axes(tensor)[0])

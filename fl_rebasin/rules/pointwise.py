@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import UNIT, Term, Unknown, unify
+from fl_rebasin.unify import UNIT, Term, fresh, unify_places
 
 
 def broadcast(trace: Trace, tensors: list[Tensor]) -> tuple[Term, ...]:
@@ -16,13 +16,11 @@ def broadcast(trace: Trace, tensors: list[Tensor]) -> tuple[Term, ...]:
     ndim = max(tensor.ndim for tensor in tensors)
     common: list[Term] = [UNIT] * ndim
     for tensor in tensors:
-        for place, term in enumerate(trace.axes(tensor), start=ndim - tensor.ndim):
-            if term.size == 1:
-                continue
-            if common[place].size == 1:
-                common[place] = term
-            else:
-                unify(common[place], term)
+        axes = (*[UNIT] * (ndim - tensor.ndim), *trace.axes(tensor))
+        unify_places(common, axes)
+        common = [
+            term if known.size == 1 else known for known, term in zip(common, axes, strict=True)
+        ]
     return tuple(common)
 
 
@@ -40,7 +38,7 @@ def pointwise(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool
 
 def constant(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """Tensors with the same value everywhere: each of their axes is free."""
-    trace.assign(out, [Unknown(size) for size in out.shape])
+    trace.assign(out, fresh(out.shape))
     return True
 
 

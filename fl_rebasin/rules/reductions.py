@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import UNIT
+from fl_rebasin.unify import UNIT, mix
 
 
 def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -31,7 +31,10 @@ def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
 
 def softmax(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """The normaliser is a sum: every axis passes through."""
-    trace.assign(out, trace.axes(args[0]))
+    axes = trace.axes(args[0])
+    if axes:
+        mix(axes, [args[1] % len(axes)])
+    trace.assign(out, axes)
     return True
 
 

@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import UNIT, Term, Unknown, cut, join, pin, reshape, unify
+from fl_rebasin.unify import (
+    UNIT,
+    Term,
+    Unknown,
+    cut,
+    join,
+    pin,
+    reshape,
+    restrict,
+    varying,
+)
 
 TORN = "cut out of an axis that cannot be cut there"
 
@@ -51,34 +61,43 @@ def expand(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool
     """Broadcast axes hold the same value everywhere: they are free."""
     axes = trace.axes(args[0])
     full: list[Term] = [UNIT] * (out.ndim - len(axes)) + list(axes)
-    pairs = zip(full, out.shape, strict=True)
-    trace.assign(out, [term if term.size == size else Unknown(size) for term, size in pairs])
+    for place, size in enumerate(out.shape):
+        if full[place].size != size:
+            full[place] = Unknown(size, along=tuple(full[:place]))
+    trace.assign(out, full)
     return True
 
 
+def _apart(places: Sequence[Term], each: Sequence[Sequence[Term]]) -> list[Term]:
+    """Return axes that are those of another tensor in each of some places.
+
+    Only where an operator mixes the places must they be the same.
+    """
+    return [varying(zip(places, terms, strict=True)) for terms in zip(*each, strict=True)]
+
+
 def cat(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """The joined axis is a concatenation; the others are the same."""
+    """The joined axis is a concatenation; the others are in each part those of its tensor."""
     # An empty one-dimensional tensor may be concatenated with anything, and adds nothing.
     tensors = [tensor for tensor in args[0] if tensor.ndim == out.ndim]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
-    axes = list(trace.axes(tensors[0]))
-    for tensor in tensors[1:]:
-        for place, term in enumerate(trace.axes(tensor)):
-            if place != dim:
-                unify(axes[place], term)
-    axes[dim] = join([trace.axes(tensor)[dim] for tensor in tensors])
+    each = [list(trace.axes(tensor)) for tensor in tensors if tensor.shape[dim]]
+    if not each:
+        trace.assign(out, trace.axes(tensors[0]))
+        return True
+    joined = [axes.pop(dim) for axes in each]
+    axes = _apart(joined, each)
+    axes.insert(dim, join(joined))
     trace.assign(out, axes)
     return True
 
 
 def stack(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """The new axis keeps its order; the others are the same."""
+    """The new axis keeps its order; the others are in each place those of its tensor."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
-    axes = list(trace.axes(args[0][0]))
-    for tensor in args[0][1:]:
-        for one, other in zip(axes, trace.axes(tensor), strict=True):
-            unify(one, other)
-    axes.insert(dim, Unknown(out.shape[dim], "stacked"))
+    places = [Unknown(1, "stacked", outer=True) for _ in args[0]]
+    axes = _apart(places, [trace.axes(tensor) for tensor in args[0]])
+    axes.insert(dim, join(places))
     trace.assign(out, axes)
     return True
 
@@ -101,51 +120,69 @@ def _pieces(term: Term, sizes: Sequence[int]) -> list[Term]:
     return pieces
 
 
+def _within(axes: Sequence[Term], dim: int, pieces: Sequence[Term], number: int) -> list[Term]:
+    """Return the axes of a piece: what varies along the axis that was cut is what it is there."""
+    whole = join(pieces)
+    return [
+        pieces[number] if place == dim else restrict(term, pieces[number], whole)
+        for place, term in enumerate(axes)
+    ]
+
+
+def piece(axes: Sequence[Term], dim: int, start: int, size: int) -> list[Term]:
+    """Return the axes of the piece `[start, start + size)` of one axis."""
+    whole = axes[dim]
+    if size == whole.size:
+        return list(axes)
+    return _within(axes, dim, _pieces(whole, [start, size, whole.size - start - size]), 1)
+
+
 def split(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> bool:
     """`split`, `chunk`: the axis becomes a concatenation of the pieces."""
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     axes = trace.axes(args[0])
-    for tensor, piece in zip(
-        out, _pieces(axes[dim], [tensor.shape[dim] for tensor in out]), strict=True
-    ):
-        terms = list(axes)
-        terms[dim] = piece
-        trace.assign(tensor, terms)
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
+    pieces = _pieces(axes[dim], [tensor.shape[dim] for tensor in out])
+    for number, tensor in enumerate(out):
+        trace.assign(tensor, _within(axes, dim, pieces, number))
     return True
 
 
 def slice_(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """`x[a:b]`: a piece of the concatenation; a stride other than 1 pins the axis."""
-    dim = args[1] if len(args) > 1 else 0
+    axes = list(trace.axes(args[0]))
+    dim = (args[1] if len(args) > 1 else 0) % len(axes)
     start = args[2] if len(args) > 2 and args[2] is not None else 0
     step = args[4] if len(args) > 4 else 1
-    axes = list(trace.axes(args[0]))
     whole, size = axes[dim], out.shape[dim]
     if step != 1:
         pin(whole, "taken with a stride")
         axes[dim] = Unknown(size, "taken with a stride")
-    elif size != whole.size:
+    else:
         start = max(start + whole.size, 0) if start < 0 else min(start, whole.size)
-        axes[dim] = _pieces(whole, [start, size, whole.size - start - size])[1]
+        axes = piece(axes, dim, start, size)
     trace.assign(out, axes)
     return True
 
 
 def select(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """`x[i]`: one place by its number, so the axis keeps its order."""
-    axes = list(trace.axes(args[0]))
-    pin(axes.pop(args[1]), "one place taken by its number")
-    trace.assign(out, axes)
+    axes = trace.axes(args[0])
+    dim, number = args[1] % len(axes), args[2] % args[0].shape[args[1]]
+    kept = piece(axes, dim, number, 1)
+    pin(axes[dim], "one place taken by its number")
+    trace.assign(out, kept[:dim] + kept[dim + 1 :])
     return True
 
 
 def unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> bool:
     """All places of an axis by their numbers."""
-    dim = args[1] if len(args) > 1 else 0
-    axes = list(trace.axes(args[0]))
-    pin(axes.pop(dim), "one place taken by its number")
-    for tensor in out:
-        trace.assign(tensor, axes)
+    axes = trace.axes(args[0])
+    dim = (args[1] if len(args) > 1 else 0) % len(axes)
+    pieces = _pieces(axes[dim], [1] * len(out))
+    pin(axes[dim], "one place taken by its number")
+    for number, tensor in enumerate(out):
+        kept = _within(axes, dim, pieces, number)
+        trace.assign(tensor, kept[:dim] + kept[dim + 1 :])
     return True
 
 
@@ -171,9 +208,19 @@ def embedding(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> b
 
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
-    **dict.fromkeys(("t", "transpose", "numpy_T"), transpose),
-    **dict.fromkeys(("unsqueeze", "squeeze"), resize),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
+    **dict.fromkeys(("t", "t_", "transpose", "transpose_", "numpy_T"), transpose),
+    **dict.fromkeys(("unsqueeze", "unsqueeze_", "squeeze", "squeeze_"), resize),
+    **dict.fromkeys(
+        (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unsafe_split",
+            "unsafe_split_with_sizes",
+            "unsafe_chunk",
+        ),
+        split,
+    ),
     "permute": permute,
     "expand": expand,
     "cat": cat,

@@ -1,27 +1,14 @@
-"""The table of models that the laws are tried on: small nets, one for each kind of structure."""
+"""Plain nets: dense, convolutional, residual, normalised, tied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A model, inputs that it runs on, and the sizes of the groups that it must have."""
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], Any]
-    groups: tuple[int, ...]
-
-
-def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
-    return lambda: torch.zeros(2, channels, size, size)
+from zoo.entry import Entry, image
 
 
 class Residual(nn.Module):
@@ -127,10 +114,10 @@ def norms() -> nn.Module:
     )  # fmt: skip
 
 
-ZOO = {
+BASICS = {
     "mlp": Entry(mlp, lambda: torch.zeros(2, 3, 2, 2), (7, 7)),
     "conv-batchnorm-flatten": Entry(conv_flat, image(), (5, 6)),
-    "group-and-layer-norm": Entry(norms, image(), (4, 4, 6)),
+    "group-and-layer-norm": Entry(norms, image(), (2, 4, 6)),
     "residual-batchnorm": Entry(lambda: Residual(nn.BatchNorm2d), image(), (5, 6)),
     "residual-no-norm": Entry(lambda: Residual(lambda n: nn.Identity()), image(), (5, 6)),
     "dense-concat": Entry(Dense, image(), (4, 5)),

@@ -1,0 +1,178 @@
+"""The axis algebra: what an axis of a tensor is made of, and how a permutation moves it.
+
+An axis of a tensor is described by an expression over *groups* (sets of units that may be
+permuted): a plain group, a fixed axis, a concatenation, or a row-major product. One small algebra
+carries flattening (a product), skip concatenations (a concatenation), grouped convolutions and
+attention heads (products with units within blocks).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of `size` units that may be permuted.
+
+    With `within`, the name of another group, there is one such set in each of that group's units
+    (its blocks): the units within each attention head, for example. Blocks move with their units.
+    """
+
+    name: str
+    size: int
+    within: str | None = None
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """`size` places whose order must stay."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Cat:
+    """The parts, one after another."""
+
+    parts: tuple[Axis, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of places."""
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Prod:
+    """The row-major product of the factors: the last factor runs fastest."""
+
+    factors: tuple[Axis, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of places."""
+        return math.prod(factor.size for factor in self.factors)
+
+
+Axis: TypeAlias = Group | Fixed | Cat | Prod
+
+
+def groups_of(axis: Axis) -> Iterator[Group]:
+    """Yield the groups of an axis, left to right; a group used twice comes twice."""
+    match axis:
+        case Group():
+            yield axis
+        case Cat(parts) | Prod(parts):
+            for part in parts:
+                yield from groups_of(part)
+
+
+def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
+    """Return the index tensor of shape `(axis.size,)` that moves an axis by a permutation.
+
+    Groups that the permutation does not name stay as they are, and so do those within blocks that
+    are not on this axis.
+    """
+    match axis:
+        case Group(name, size, within):
+            if within is not None or name not in permutation:
+                return torch.arange(size)
+            return permutation[name]
+        case Fixed(size):
+            return torch.arange(size)
+        case Cat(parts):
+            return _joined([axis_index(part, permutation) for part in parts], parts)
+        case Prod(factors):
+            total = torch.zeros([1] * len(factors), dtype=torch.int64)
+            stride = axis.size
+            for place, part in enumerate(factors):
+                stride //= part.size
+                shape = [1] * len(factors)
+                shape[place] = part.size
+                index = axis_index(part, permutation)
+                for other, blocks in enumerate(factors):
+                    if isinstance(blocks, Group) and _has_units_within(part, blocks.name):
+                        shape[other] = blocks.size
+                        index = block_index(part, blocks, permutation)
+                        index = index if other < place else index.T
+                total = total + index.reshape(shape) * stride
+            return total.reshape(-1)
+
+
+def block_index(axis: Axis, blocks: Group, permutation: Mapping[str, Tensor]) -> Tensor:
+    """Return the index tensor of shape `(blocks.size, axis.size)` of an axis within each block."""
+    match axis:
+        case Group(name, size, within) if within == blocks.name and name in permutation:
+            return permutation[name].expand(blocks.size, size)
+        case Cat(parts):
+            return _joined([block_index(part, blocks, permutation) for part in parts], parts)
+        case Prod(factors):
+            index = torch.zeros(blocks.size, 1, dtype=torch.int64)
+            for part in factors:
+                inner = block_index(part, blocks, permutation)
+                index = (index[:, :, None] * part.size + inner[:, None, :]).flatten(1)
+            return index
+        case _:
+            return axis_index(axis, permutation).expand(blocks.size, axis.size)
+
+
+def _joined(pieces: Sequence[Tensor], parts: Sequence[Axis]) -> Tensor:
+    """Concatenate the indices of the parts of an axis."""
+    offsets = itertools.accumulate((part.size for part in parts), initial=0)
+    return torch.cat([i + offset for i, offset in zip(pieces, offsets, strict=False)], dim=-1)
+
+
+def _has_units_within(axis: Axis, blocks: str) -> bool:
+    return any(group.within == blocks for group in groups_of(axis))
+
+
+def _block_number(axis: Axis, blocks: str) -> Tensor | None:
+    """Return for each place of an axis the number of the block that it lies in, if it has any."""
+    if isinstance(axis, Group) and axis.name == blocks:
+        return torch.arange(axis.size)
+    if isinstance(axis, Prod):
+        stride = axis.size
+        for part in axis.factors:
+            stride //= part.size
+            if isinstance(part, Group) and part.name == blocks:
+                return torch.arange(axis.size) // stride % part.size
+    return None
+
+
+def move_tensor(tensor: Tensor, axes: Sequence[Axis], permutation: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor whose axes are moved by a permutation: a copy, of the same dtype."""
+    moved = tensor.detach()
+    for dim, axis in enumerate(axes):
+        if any(group.name in permutation for group in groups_of(axis)):
+            index = axis_index(axis, permutation).to(tensor.device)
+            moved = moved.index_select(dim, index)
+    for dim in range(len(axes)):
+        moved = _move_within(moved, axes, dim, permutation)
+    return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+
+
+def _move_within(
+    tensor: Tensor, axes: Sequence[Axis], dim: int, permutation: Mapping[str, Tensor]
+) -> Tensor:
+    """Move the units of one axis that lie within blocks of another axis."""
+    groups = [g for g in groups_of(axes[dim]) if g.within is not None and g.name in permutation]
+    for blocks in dict.fromkeys(group.within for group in groups):
+        own = {group.name: permutation[group.name] for group in groups if group.within == blocks}
+        for other, across in enumerate(axes):
+            number = _block_number(across, str(blocks)) if other != dim else None
+            if number is not None:
+                count = int(number.max()) + 1
+                index = block_index(axes[dim], Group(str(blocks), count), own)[number]
+                shape = [1] * tensor.ndim
+                shape[other], shape[dim] = across.size, axes[dim].size
+                index = (index if other < dim else index.T).reshape(shape)
+                tensor = tensor.take_along_dim(index.to(tensor.device), dim)
+    return tensor

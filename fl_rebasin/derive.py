@@ -1,0 +1,116 @@
+"""Module and example inputs -> permutation spec, by running the module and watching."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from fl_rebasin.axes import Axis, Cat, Fixed, Group, Prod, groups_of
+from fl_rebasin.fingerprint import fingerprint
+from fl_rebasin.readoff import read_off
+from fl_rebasin.selfcheck import TOLERANCE, SelfCheck
+from fl_rebasin.spec import PermutationSpec, SpecError
+from fl_rebasin.trace import trace
+from fl_rebasin.twin import Twin
+
+ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
+    """Find out by a traced run which axes of a model may be permuted, and prove it.
+
+    The model is run on a copy of itself; its parameters and buffers do not change. An axis may
+    move only if every operator that it passes through has a rule for it; anything else is pinned,
+    and so is a parameter that the example inputs do not reach. At the end random permutations are
+    applied in float64, in training and evaluation mode: outputs and buffers must stay the same.
+    Groups that fail are pinned, and a warning names them.
+
+    The spec holds for the path that the model takes on the example inputs: a model that branches
+    on its inputs needs examples that take the branch with all its parameters.
+
+    Args:
+        model: any module whose forward pass runs on `example_inputs`.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword
+            arguments; floats are replaced by random ones, integers are kept.
+
+    Returns:
+        The spec of `model.state_dict()`.
+
+    Raises:
+        SpecError: the model cannot be run on the inputs, or its state dict cannot be described.
+
+    Source: the permutation symmetries of Ainsworth, Hayase, Srinivasa (ICLR 2023), section 3.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> derive_spec(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2)).groups
+        {'0': 3}
+    """
+    if not isinstance(example_inputs, (Tensor, tuple, Mapping)):
+        raise SpecError(
+            f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of "
+            "positional arguments or a dict of keyword arguments"
+        )
+    twin = Twin(model, example_inputs)
+    traced = trace(twin)
+    spec = read_off(traced.terms, _learnable(twin))
+    spec = replace(spec, fingerprint=fingerprint(model))
+    proof = SelfCheck(twin, traced.runs)
+    for _ in range(3):
+        error, guilty = proof.check(spec)
+        if error < TOLERANCE:
+            return spec
+        if not proof.is_repeatable(spec):
+            raise SpecError(
+                "the model's outputs on random inputs are NaN, or differ between two equal runs: "
+                "make its forward pass repeatable under torch.manual_seed and finite on standard "
+                "normal inputs, or trace a part of it"
+            )
+        warnings.warn(
+            f"the self-check pins the groups {guilty}: relative error {error:.1e}", stacklevel=2
+        )
+        spec = without(spec, guilty)
+    raise SpecError("the self-check still fails after its guilty groups were pinned")
+
+
+def _learnable(twin: Twin) -> tuple[str, ...]:
+    """Return the keys of the parameters, a tied one once."""
+    seen: dict[int, str] = {}
+    for key, tensor in twin.tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            seen.setdefault(id(tensor), key)
+    return tuple(seen.values())
+
+
+def without(spec: PermutationSpec, guilty: Sequence[str]) -> PermutationSpec:
+    """Return the spec with some groups pinned, and what lies within their units."""
+    gone = {*guilty, *(name for name, blocks in spec.within.items() if blocks in guilty)}
+
+    def close(axis: Axis) -> Axis:
+        match axis:
+            case Group(name, size) if name in gone:
+                return Fixed(size)
+            case Cat(parts):
+                return Cat(tuple(map(close, parts)))
+            case Prod(factors):
+                return Prod(tuple(map(close, factors)))
+            case _:
+                return axis
+
+    pinned = dict(spec.pinned)
+    for key, axes in spec.axes.items():
+        for dim, axis in enumerate(axes):
+            if any(group.name in gone for group in groups_of(axis)):
+                pinned[f"{key}[{dim}]"] = "self-check"
+    return replace(
+        spec,
+        axes={key: tuple(map(close, axes)) for key, axes in spec.axes.items()},
+        groups={name: size for name, size in spec.groups.items() if name not in gone},
+        within={name: blocks for name, blocks in spec.within.items() if name not in gone},
+        pinned=pinned,
+    )

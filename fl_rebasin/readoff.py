@@ -1,0 +1,151 @@
+"""Solved equations between axes -> a permutation spec with named groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fl_rebasin.axes import Axis, Cat, Fixed, Group, Prod
+from fl_rebasin.spec import PermutationSpec
+from fl_rebasin.unify import (
+    Join,
+    Product,
+    Term,
+    Unknown,
+    Varying,
+    join,
+    limit,
+    limit_to,
+    resolve,
+)
+
+
+def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) -> PermutationSpec:
+    """Turn the terms of a state dict's axes into groups, axis expressions and reasons."""
+    _settle(list(terms.values()))
+    names: dict[Unknown, Group] = {}
+    taken: set[str] = set()
+    pinned: dict[str, str] = {}
+
+    def group(unknown: Unknown, stem: str) -> Group:
+        if unknown not in names:
+            within = None
+            if unknown.along:
+                (blocks,) = unknown.along
+                assert isinstance(blocks, Unknown)
+                within = group(blocks, stem).name
+            name, count = stem, 1
+            while name in taken:
+                count += 1
+                name = f"{stem}#{count}"
+            taken.add(name)
+            names[unknown] = Group(name, unknown.size, within)
+        return names[unknown]
+
+    def axis(term: Term, key: str, dim: int) -> Axis:
+        if term.size == 1:
+            return Fixed(1)
+        match resolve(term):
+            case Unknown(size=size, reason=str(reason)):
+                pinned.setdefault(f"{key}[{dim}]", reason)
+                return Fixed(size)
+            case Unknown() as unknown:
+                return group(unknown, key.rpartition(".")[0] or key)
+            case Join(parts):
+                return _cat([axis(part, key, dim) for part in parts])
+            case Product(factors):
+                return Prod(tuple(axis(part, key, dim) for part in factors))
+            case found:
+                raise AssertionError(found)
+
+    # A group takes its name from the layer that puts it out, so first axes are named first.
+    for key, each in terms.items():
+        if each:
+            axis(each[0], key, 0)
+    axes = {
+        key: tuple(axis(term, key, dim) for dim, term in enumerate(each))
+        for key, each in terms.items()
+    }
+    return PermutationSpec(
+        axes,
+        {group.name: group.size for group in names.values()},
+        pinned,
+        tuple(learnable),
+        {group.name: group.within for group in names.values() if group.within is not None},
+    )
+
+
+def _cat(parts: Sequence[Axis]) -> Axis:
+    """Concatenate; fixed parts side by side are one."""
+    merged: list[Axis] = []
+    for part in parts:
+        if isinstance(part, Fixed) and merged and isinstance(merged[-1], Fixed):
+            merged[-1] = Fixed(merged[-1].size + part.size)
+        else:
+            merged.append(part)
+    return merged[0] if len(merged) == 1 else Cat(tuple(merged))
+
+
+def _settle(tensors: Sequence[tuple[Term, ...]]) -> None:
+    """Give up what an axis expression cannot say, until every tensor's axes can be written down.
+
+    Units may lie within the blocks of one group, which stands on the same axis or makes up another
+    axis of the same tensor.
+    """
+    done = False
+    while not done:
+        done = True
+        for terms in tensors:
+            before = [_signature(term) for term in terms]
+            limit_to(terms)
+            for dim in range(len(terms)):
+                _simplify(terms, dim, resolve(terms[dim]), ())
+            done = done and before == [_signature(term) for term in terms]
+
+
+def _signature(term: Term) -> Any:
+    """Return something that changes whenever an axis does."""
+    match resolve(term):
+        case Unknown() as unknown:
+            return id(unknown), unknown.reason is None, tuple(map(id, unknown.along))
+        case Varying(cases):
+            return "|", [(_signature(place), _signature(each)) for place, each in cases]
+        case Join(parts):
+            return "+", [_signature(part) for part in parts]
+        case Product(factors):
+            return "*", [_signature(part) for part in factors]
+
+
+def _simplify(
+    terms: Sequence[Term], dim: int, term: Term, around: tuple[tuple[Term, ...], ...]
+) -> None:
+    """Simplify what stands on one axis, inside the products `around` it."""
+    match term:
+        case Varying():
+            limit(term, lambda leaf: False)
+        case Join(parts):
+            for part in parts:
+                _simplify(terms, dim, part, around)
+        case Product(factors):
+            for part in factors:
+                _simplify(terms, dim, part, (*around, factors))
+        case Unknown(along=along) if along:
+            kept: Unknown | None = None
+            for outer in along:
+                assert isinstance(outer, Unknown)
+                here = [factors for factors in around if outer in factors]
+                elsewhere = any(
+                    outer is across or (isinstance(across, Product) and outer in across.factors)
+                    for place, across in enumerate(map(resolve, terms))
+                    if place != dim
+                )
+                if not (here or elsewhere) or outer.along:
+                    continue
+                if outer.reason is None:
+                    kept = outer
+                elif here and here[0][0] is outer:
+                    # In blocks that stay, the units are groups of their own.
+                    places = [Unknown(1, outer.reason, outer=True) for _ in range(outer.size)]
+                    outer.bound = join(places)
+                    return
+            limit(term, lambda leaf: leaf is kept)
