@@ -1,9 +1,10 @@
 """The axis algebra: what an axis of a tensor is made of, and how a permutation moves it.
 
 An axis of a tensor is described by an expression over *groups* (sets of units that may be
-permuted): a plain group, a fixed axis, a concatenation, or a row-major product. One small algebra
-carries flattening (a product), skip concatenations (a concatenation), grouped convolutions and
-attention heads (products with units within blocks).
+permuted): a plain group, a fixed axis, a concatenation, a row-major product, or an axis that is
+another one in each part of another axis. One small algebra carries flattening (a product), skip
+concatenations (a concatenation), grouped convolutions and attention heads (products with units
+within blocks).
 """
 
 from __future__ import annotations
@@ -62,7 +63,25 @@ class Prod:
         return math.prod(factor.size for factor in self.factors)
 
 
-Axis: TypeAlias = Group | Fixed | Cat | Prod
+@dataclass(frozen=True)
+class Parted:
+    """Another axis in each part of another axis of the same tensor.
+
+    Attributes:
+        across: number of that other axis, which is a `Cat`.
+        cases: for each of its parts the number of places and the axis there.
+    """
+
+    across: int
+    cases: tuple[tuple[int, Axis], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of places."""
+        return self.cases[0][1].size
+
+
+Axis: TypeAlias = Group | Fixed | Cat | Prod | Parted
 
 
 def groups_of(axis: Axis) -> Iterator[Group]:
@@ -73,13 +92,16 @@ def groups_of(axis: Axis) -> Iterator[Group]:
         case Cat(parts) | Prod(parts):
             for part in parts:
                 yield from groups_of(part)
+        case Parted(_, cases):
+            for _, part in cases:
+                yield from groups_of(part)
 
 
 def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
     """Return the index tensor of shape `(axis.size,)` that moves an axis by a permutation.
 
-    Groups that the permutation does not name stay as they are, and so do those within blocks that
-    are not on this axis.
+    Groups that the permutation does not name stay as they are, and so do those that depend on
+    another axis: they are moved by `move_tensor`.
     """
     match axis:
         case Group(name, size, within):
@@ -88,6 +110,8 @@ def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
             return permutation[name]
         case Fixed(size):
             return torch.arange(size)
+        case Parted():
+            return torch.arange(axis.size)
         case Cat(parts):
             return _joined([axis_index(part, permutation) for part in parts], parts)
         case Prod(factors):
@@ -156,6 +180,7 @@ def move_tensor(tensor: Tensor, axes: Sequence[Axis], permutation: Mapping[str, 
             moved = moved.index_select(dim, index)
     for dim in range(len(axes)):
         moved = _move_within(moved, axes, dim, permutation)
+        moved = _move_parted(moved, axes, dim, permutation)
     return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
 
 
@@ -176,3 +201,37 @@ def _move_within(
                 index = (index if other < dim else index.T).reshape(shape)
                 tensor = tensor.take_along_dim(index.to(tensor.device), dim)
     return tensor
+
+
+def _move_parted(
+    tensor: Tensor, axes: Sequence[Axis], dim: int, permutation: Mapping[str, Tensor]
+) -> Tensor:
+    """Move an axis that is another one in each part of another axis."""
+    axis = axes[dim]
+    if not isinstance(axis, Parted):
+        return tensor
+    pieces = tensor.split([size for size, _ in axis.cases], axis.across)
+    indices = [axis_index(part, permutation).to(tensor.device) for _, part in axis.cases]
+    return torch.cat(
+        [piece.index_select(dim, index) for piece, index in zip(pieces, indices, strict=True)],
+        axis.across,
+    )
+
+
+def cut_axis(axis: Axis, start: int, size: int) -> Axis:
+    """Return the part `[start, start + size)` of an axis, which begins and ends between units."""
+    if start == 0 and size == axis.size:
+        return axis
+    match axis:
+        case Fixed():
+            return Fixed(size)
+        case Cat(parts):
+            inside: list[Axis] = []
+            offset = 0
+            for part in parts:
+                first, last = max(start, offset), min(start + size, offset + part.size)
+                if first < last:
+                    inside.append(cut_axis(part, first - offset, last - first))
+                offset += part.size
+            return inside[0] if len(inside) == 1 else Cat(tuple(inside))
+    raise ValueError(f"places {start} to {start + size} tear {axis}")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from fl_rebasin.axes import Axis, Cat, Fixed, Group, Prod, groups_of
+from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod, groups_of
 from fl_rebasin.fingerprint import fingerprint
 from fl_rebasin.readoff import read_off
 from fl_rebasin.selfcheck import TOLERANCE, SelfCheck
@@ -99,6 +99,8 @@ def without(spec: PermutationSpec, guilty: Sequence[str]) -> PermutationSpec:
                 return Cat(tuple(map(close, parts)))
             case Prod(factors):
                 return Prod(tuple(map(close, factors)))
+            case Parted(across, cases):
+                return Parted(across, tuple((size, close(part)) for size, part in cases))
             case _:
                 return axis
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fl_rebasin.assignment import assign
-from fl_rebasin.axes import Axis, Cat, Group, Prod, groups_of
+from fl_rebasin.axes import Axis, Cat, Group, Parted, Prod, cut_axis, groups_of
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError, StateDict
 
 RELATIVE_TOLERANCE = 1e-12
@@ -65,6 +65,16 @@ def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple
     Concatenations are taken apart, products become axes of their own; every part is a view if the
     tensor is contiguous.
     """
+    for dim, axis in enumerate(axes):
+        if isinstance(axis, Parted):  # First, as long as the axes have their numbers.
+            offset = 0
+            for size, part in axis.cases:
+                inside = list(axes)
+                inside[axis.across] = cut_axis(axes[axis.across], offset, size)
+                inside[dim] = part
+                yield from pieces(tensor.narrow(axis.across, offset, size), inside)
+                offset += size
+            return
     for dim, axis in enumerate(axes):
         match axis:
             case Cat(parts):

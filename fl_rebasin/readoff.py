@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fl_rebasin.axes import Axis, Cat, Fixed, Group, Prod
+from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod
 from fl_rebasin.spec import PermutationSpec
 from fl_rebasin.unify import (
     Join,
@@ -17,6 +17,7 @@ from fl_rebasin.unify import (
     limit,
     limit_to,
     resolve,
+    same,
 )
 
 
@@ -55,8 +56,11 @@ def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) ->
                 return _cat([axis(part, key, dim) for part in parts])
             case Product(factors):
                 return Prod(tuple(axis(part, key, dim) for part in factors))
-            case found:
-                raise AssertionError(found)
+            case Varying(cases):
+                return _parted(
+                    _across(terms[key], dim),
+                    [(place.size, axis(each, key, dim)) for place, each in cases],
+                )
 
     # A group takes its name from the layer that puts it out, so first axes are named first.
     for key, each in terms.items():
@@ -75,6 +79,29 @@ def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) ->
     )
 
 
+def _across(terms: Sequence[Term], dim: int) -> int | None:
+    """Return the axis along whose parts another axis of a tensor varies; None if there is none."""
+    varying = resolve(terms[dim])
+    assert isinstance(varying, Varying)
+    places = join([place for place, _ in varying.cases])
+    for number, other in enumerate(map(resolve, terms)):
+        if number != dim and isinstance(other, Join) and same(other, places):
+            return number
+    return None
+
+
+def _parted(across: int | None, cases: list[tuple[int, Axis]]) -> Axis:
+    """Return an axis in parts; neighbouring parts with the same axis are one."""
+    assert across is not None, cases
+    merged: list[tuple[int, Axis]] = []
+    for size, axis in cases:
+        if merged and merged[-1][1] == axis:
+            merged[-1] = merged[-1][0] + size, axis
+        else:
+            merged.append((size, axis))
+    return merged[0][1] if len(merged) == 1 else Parted(across, tuple(merged))
+
+
 def _cat(parts: Sequence[Axis]) -> Axis:
     """Concatenate; fixed parts side by side are one."""
     merged: list[Axis] = []
@@ -90,7 +117,7 @@ def _settle(tensors: Sequence[tuple[Term, ...]]) -> None:
     """Give up what an axis expression cannot say, until every tensor's axes can be written down.
 
     Units may lie within the blocks of one group, which stands on the same axis or makes up another
-    axis of the same tensor.
+    axis of the same tensor; an axis may be another one in each part of another axis.
     """
     done = False
     while not done:
@@ -99,7 +126,8 @@ def _settle(tensors: Sequence[tuple[Term, ...]]) -> None:
             before = [_signature(term) for term in terms]
             limit_to(terms)
             for dim in range(len(terms)):
-                _simplify(terms, dim, resolve(terms[dim]), ())
+                now = [resolve(term) for term in terms]
+                _simplify(now, dim, now[dim], ())
             done = done and before == [_signature(term) for term in terms]
 
 
@@ -121,6 +149,11 @@ def _simplify(
 ) -> None:
     """Simplify what stands on one axis, inside the products `around` it."""
     match term:
+        case Varying(cases) if (
+            not around and term is terms[dim] and _across(terms, dim) is not None
+        ):
+            for _, each in cases:
+                limit(each, lambda leaf: False)
         case Varying():
             limit(term, lambda leaf: False)
         case Join(parts):

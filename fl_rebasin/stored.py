@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from fl_rebasin.axes import Axis, Cat, Fixed, Group, Prod, groups_of
+from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod, cut_axis, groups_of
 from fl_rebasin.fingerprint import fingerprint
 from fl_rebasin.spec import PermutationSpec, SpecError
 
@@ -18,8 +19,8 @@ FORMAT = "fl_rebasin.spec/1"
 def spec_to_json(spec: PermutationSpec) -> str:
     """Return a spec as JSON text.
 
-    An axis is a number (of fixed places), the name of a group, `{"cat": [...]}` or
-    `{"prod": [...]}`.
+    An axis is a number (of fixed places), the name of a group, `{"cat": [...]}`,
+    `{"prod": [...]}`, or `{"across": number, "cases": [[places, axis], ...]}`.
     """
     content = {
         "format": FORMAT,
@@ -83,6 +84,8 @@ def _written(axis: Axis) -> Any:
             return {"cat": [_written(part) for part in parts]}
         case Prod(factors):
             return {"prod": [_written(part) for part in factors]}
+        case Parted(across, cases):
+            return {"across": across, "cases": [[size, _written(part)] for size, part in cases]}
 
 
 def _read(content: Mapping[str, Any]) -> PermutationSpec:
@@ -102,6 +105,8 @@ def _read(content: Mapping[str, Any]) -> PermutationSpec:
                 return Cat(tuple(map(axis, parts)))
             case {"prod": [*factors], **rest} if not rest:
                 return Prod(tuple(map(axis, factors)))
+            case {"across": across, "cases": [*cases], **rest} if cases and not rest:
+                return Parted(_size(across), tuple((_size(n), axis(part)) for n, part in cases))
             case _:
                 return Fixed(_size(found))
 
@@ -110,11 +115,30 @@ def _read(content: Mapping[str, Any]) -> PermutationSpec:
     if unknown := [key for key in learnable if key not in axes]:
         raise SpecError(f"the spec counts {unknown[:3]} as learnable, and has no axes for it")
     for key, each in axes.items():
+        for expression in each:
+            _check_parts(key, expression, each)
         names = {group.name for expression in each for group in groups_of(expression)}
         if torn := [name for name in names if name in within and within[name] not in names]:
             raise SpecError(f"{key} has units within {within[torn[0]]!r}, and no axis of it")
     pinned = {str(place): str(reason) for place, reason in content["pinned"].items()}
     return PermutationSpec(axes, groups, pinned, learnable, within, str(content["fingerprint"]))
+
+
+def _check_parts(key: str, axis: Axis, axes: tuple[Axis, ...]) -> None:
+    """Raise `SpecError` unless the parts of a parted axis are parts of the other one."""
+    if not isinstance(axis, Parted):
+        return
+    sizes = [size for size, _ in axis.cases]
+    if axis.across < len(axes) and sum(sizes) == axes[axis.across].size:
+        try:
+            for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+                cut_axis(axes[axis.across], start, size)
+        except ValueError:
+            pass
+        else:
+            if len({part.size for _, part in axis.cases}) == 1:
+                return
+    raise SpecError(f"{key} has an axis in parts that do not fit the spec's axis {axis.across}")
 
 
 def _size(value: Any) -> int:

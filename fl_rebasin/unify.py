@@ -96,10 +96,11 @@ def product(factors: Sequence[Term]) -> Term:
         # What is another axis in each part of the first factor makes a concatenation of products.
         whole = set(leaves(flat[0]))
         if any(_varies_along(each, whole) for each in flat[1:]):
+            parts = flat[0].parts
             return join(
                 [
-                    product([part, *(restrict(each, part, flat[0]) for each in flat[1:])])
-                    for part in flat[0].parts
+                    product([part, *(restrict(each, parts, number) for each in flat[1:])])
+                    for number, part in enumerate(parts)
                 ]
             )
     return Product(tuple(flat))
@@ -111,25 +112,28 @@ def varying(cases: Iterable[tuple[Term, Term]]) -> Term:
     for part, term in cases:
         part, term = resolve(part), resolve(term)
         if isinstance(part, Join):
-            flat += [(piece, restrict(term, piece, part)) for piece in part.parts]
+            flat += [
+                (piece, restrict(term, part.parts, number))
+                for number, piece in enumerate(part.parts)
+            ]
         else:
             flat.append((part, term))
     first = flat[0][1]
-    if first.size == 1 or all(_same(term, first) for _, term in flat):
+    if first.size == 1 or all(same(term, first) for _, term in flat):
         return first
     if all(leaf.reason for _, term in flat for leaf in leaves(term)):
         return first
     return Varying(tuple(flat))
 
 
-def _same(one: Term, other: Term) -> bool:
+def same(one: Term, other: Term) -> bool:
     """Whether two resolved axes have the same structure over the same unknowns."""
     match one, other:
         case (Join(ours), Join(theirs)) | (Product(ours), Product(theirs)):
-            return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+            return len(ours) == len(theirs) and all(map(same, ours, theirs))
         case Varying(ours), Varying(theirs):
             return len(ours) == len(theirs) and all(
-                _same(mine[0], yours[0]) and _same(mine[1], yours[1])
+                same(mine[0], yours[0]) and same(mine[1], yours[1])
                 for mine, yours in zip(ours, theirs, strict=True)
             )
     return one is other
@@ -175,8 +179,10 @@ def _settle(unknown: Unknown) -> Term:
         if isinstance(outer, Join):
             others = outers[:place], outers[place + 1 :]
             cases: list[tuple[Term, Term]] = []
-            for part in outer.parts:
-                before, after = ([restrict(o, part, outer) for o in some] for some in others)
+            for number, part in enumerate(outer.parts):
+                before, after = (
+                    [restrict(o, outer.parts, number) for o in some] for some in others
+                )
                 along = (*before, part, *after)
                 cases.append((part, Unknown(unknown.size, along=along)))
             unknown.bound = varying(cases)
@@ -215,24 +221,38 @@ def _varies_along(term: Term, whole: Collection[Unknown]) -> bool:
             )
 
 
-def restrict(term: Term, part: Term, whole: Term) -> Term:
-    """Return what an axis is within one part of another axis that was cut."""
+def restrict(term: Term, pieces: Sequence[Term], number: int) -> Term:
+    """Return what an axis is within one of the pieces that another axis was cut into."""
     term = resolve(term)
     match term:
         case Unknown():
             return term
         case Join(parts):
-            return join([restrict(each, part, whole) for each in parts])
+            return join([restrict(each, pieces, number) for each in parts])
         case Product(factors):
-            return product([restrict(each, part, whole) for each in factors])
+            return product([restrict(each, pieces, number) for each in factors])
         case Varying(cases):
-            kept, every = set(leaves(part)), set(leaves(whole))
-            inside = [
-                (place, restrict(each, part, whole))
-                for place, each in cases
-                if not every.intersection(leaves(place)) or kept.issuperset(leaves(place))
-            ]
-            return varying(inside) if inside else term
+            start = sum(piece.size for piece in pieces[:number])
+            end = start + pieces[number].size
+            every = {leaf for piece in pieces for leaf in leaves(piece)}
+            concerned = [not every.isdisjoint(leaves(place)) for place, _ in cases]
+            total = sum(place.size for (place, _), own in zip(cases, concerned, strict=True) if own)
+            if total != sum(piece.size for piece in pieces):
+                return term
+            inside: list[tuple[Term, Term]] = []
+            offset = 0
+            for (place, each), own in zip(cases, concerned, strict=True):
+                # Places are told by where they are: two may have the same units.
+                if not own:
+                    inside.append((place, restrict(each, pieces, number)))
+                    continue
+                if offset < end and start < offset + place.size:
+                    within = offset >= start and offset + place.size <= end
+                    inside.append(
+                        (place if within else pieces[number], restrict(each, pieces, number))
+                    )
+                offset += place.size
+            return varying(inside)
 
 
 def pin(term: Term, reason: str) -> None:
@@ -419,9 +439,10 @@ def _solve_halves(
 def _solve_cases(left: Varying, right: Term, allowed: Allowed) -> bool:
     """Solve for each part where the parts are kept apart; else all cases are the same axis."""
     if all(allowed(leaf) for place, _ in left.cases for leaf in leaves(place)):
-        whole = join([place for place, _ in left.cases])
+        places = [place for place, _ in left.cases]
         return all(
-            _solve(each, restrict(right, place, whole), allowed) for place, each in left.cases
+            _solve(each, restrict(right, places, number), allowed)
+            for number, (_, each) in enumerate(left.cases)
         )
     limit(left, allowed)
     return _solve(left.cases[0][1], right, allowed)
@@ -458,10 +479,9 @@ def cut(term: Term, size: int) -> tuple[Term, Term] | None:
             torn = cut(factors[0], size // inner)
             if torn is None:
                 return None
-            whole = join(torn)
             first, second = (
-                product([half, *(restrict(each, half, whole) for each in factors[1:])])
-                for half in torn
+                product([half, *(restrict(each, torn, number) for each in factors[1:])])
+                for number, half in enumerate(torn)
             )
             return first, second
         case Varying(cases):

@@ -122,9 +122,8 @@ def _pieces(term: Term, sizes: Sequence[int]) -> list[Term]:
 
 def _within(axes: Sequence[Term], dim: int, pieces: Sequence[Term], number: int) -> list[Term]:
     """Return the axes of a piece: what varies along the axis that was cut is what it is there."""
-    whole = join(pieces)
     return [
-        pieces[number] if place == dim else restrict(term, pieces[number], whole)
+        pieces[number] if place == dim else restrict(term, pieces, number)
         for place, term in enumerate(axes)
     ]
 
