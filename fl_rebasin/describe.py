@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_rebasin.derive import derive_spec
-from fl_rebasin.spec import SpecError
+from fl_rebasin.spec import PermutationSpec, SpecError
 from fl_rebasin.stored import spec_to_json
 
 DEFAULT_INPUT = (1, 3, 224, 224)
@@ -38,14 +39,20 @@ def parse_input(text: str) -> Tensor:
         sizes = []
     if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype):
         raise UsageError(f"--input {text!r}: give sizes and a dtype, as in 1,3,32,32 or 2,16:int64")
-    return torch.zeros(sizes, dtype=dtype)
+    try:
+        return torch.zeros(sizes, dtype=dtype)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        # Too large, or a dtype of quantised tensors.
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--input {text!r} cannot be made: {reason}") from error
 
 
 def build(name: str) -> Any:
     """Return what `torchvision:MODEL` or `MODULE:CALLABLE` makes.
 
     Raises:
-        UsageError: there is no such model, module or callable, or it needs arguments.
+        UsageError: there is no such model, module or callable, or it fails, for lack of arguments
+            for example.
     """
     source, colon, member = name.partition(":")
     if not colon or not source or not member:
@@ -57,23 +64,33 @@ def build(name: str) -> Any:
             builder = models.get_model_builder(member)
         except ValueError:
             raise UsageError(f"torchvision has no model {member!r}") from None
+        # The backbone of a model of segmentation or detection is pretrained unless told otherwise.
+        named = inspect.signature(builder).parameters
+        bare = {"weights_backbone": None} if "weights_backbone" in named else {}
         with warnings.catch_warnings():
             # GoogLeNet and Inception announce that their initial weights will change.
             warnings.simplefilter("ignore", FutureWarning)
-            return builder()
-    sys.path.insert(0, "")
+            return builder(**bare)
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    # Whatever the user's code raises is told in one line.
     try:
         found: Any = importlib.import_module(source)
         for part in member.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise UsageError(f"{name!r} cannot be imported: {_told(error)}") from error
     if isinstance(found, nn.Module):
         return found
     try:
         return found()
-    except TypeError as error:
-        raise UsageError(f"{name!r} cannot be called without arguments: {error}") from error
+    except Exception as error:
+        raise UsageError(f"{name!r} cannot be called without arguments: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """Return the kind and the text of an exception."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,30 +114,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the spec as JSON, too")
     options = parser.parse_args(arguments)
     try:
-        model, inputs = build(options.model), None
-        if isinstance(model, tuple) and len(model) == 2:
-            model, inputs = model
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"{options.model!r} gives a {type(model).__name__}, not a module")
-        if options.input:
-            inputs = tuple(map(parse_input, options.input))
-        elif inputs is None:
-            inputs = torch.zeros(DEFAULT_INPUT)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            spec = derive_spec(model, inputs)
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
+            try:
+                spec = _derive(options.model, options.input)
+            finally:
+                for warning in caught:
+                    _say("warning", warning.message)
         if options.json is not None:
             try:
                 options.json.write_text(spec_to_json(spec) + "\n")
             except OSError as error:
                 raise UsageError(f"--json {options.json}: {error.strerror}") from error
     except (UsageError, SpecError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say("error", error)
         return 2
     print(spec)
     return 0
+
+
+def _derive(name: str, shapes: Sequence[str] | None) -> PermutationSpec:
+    model, inputs = build(name), None
+    if isinstance(model, tuple) and len(model) == 2:
+        model, inputs = model
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name!r} gives a {type(model).__name__}, not a module")
+    if shapes:
+        inputs = tuple(map(parse_input, shapes))
+    elif inputs is None:
+        inputs = torch.zeros(DEFAULT_INPUT)
+    return derive_spec(model, inputs)
+
+
+def _say(kind: str, message: object) -> None:
+    """Write one line to stderr; messages of PyTorch can have several."""
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import types
 
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+"""Names of what is no setting: parts of a module, hooks, the training mode."""
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash that two models share if they are built alike, whatever their weights.
 
-    It covers the tree of modules with their classes, their plain settings (numbers, texts, flags
-    and tuples of these; not the training mode), and keys and shapes of the state dict.
+    It covers the tree of modules with their classes, their plain settings (numbers, texts, flags,
+    functions and classes by name, and lists and the like of these; not the training mode, nor
+    hooks), and keys and shapes of the state dict.
     """
     lines = []
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
         settings = {
-            key: value
+            key: text
             for key, value in sorted(vars(module).items())
-            if key != "training" and _is_plain(value)
+            if key not in _OF_EVERY_MODULE and (text := _plain(value)) is not None
         }
         lines.append(f"{name}: {kind.__module__}.{kind.__qualname__} {settings}")
     for key, value in model.state_dict().items():
@@ -29,7 +35,23 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+def _plain(value: object) -> str | None:
+    """Return the text of a setting, the same in every process; None for anything not plain."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, _NAMED):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        parts: list[object] = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        parts = [part for item in value.items() for part in item]
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        parts = list(value)
+    else:
+        return None
+    texts = [text for part in parts if (text := _plain(part)) is not None]
+    if len(texts) < len(parts):
+        return None
+    if isinstance(value, (set, frozenset)):
+        texts.sort()
+    return f"{type(value).__name__}[{', '.join(texts)}]"

@@ -17,7 +17,7 @@ from fl_rebasin.matching import (
     inner,
     weights_of,
 )
-from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
+from fl_rebasin.spec import Permutation, PermutationSpec, StateDict, like
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -
         )
         assert isinstance(total, Tensor)
         merged[key] = (total if first.is_floating_point() else total.round()).to(first.dtype)
-    return merged
+    return like(state_dicts[0], merged)
 
 
 def _combine(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

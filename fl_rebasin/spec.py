@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -20,6 +21,14 @@ REMEDY = "derive the spec from a model of the state dict's own architecture"
 
 class SpecError(ValueError):
     """A model, a state dict or a permutation that does not fit."""
+
+
+def like(state_dict: StateDict, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values as a state dict like another one, with the versions that modules ask for."""
+    result = OrderedDict(values)
+    if hasattr(state_dict, "_metadata"):
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +187,9 @@ class PermutationSpec:
         """
         self.check(state_dict)
         self._check_permutation(permutation)
-        return {key: self.move(key, tensor, permutation) for key, tensor in state_dict.items()}
+        return like(
+            state_dict, {key: self.move(key, state_dict[key], permutation) for key in state_dict}
+        )
 
     def move(self, key: str, tensor: Tensor, permutation: Permutation) -> Tensor:
         """Return a copy of the tensor of one key, moved by a permutation.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,10 @@ from fl_rebasin.fingerprint import fingerprint
 from fl_rebasin.spec import PermutationSpec, SpecError
 
 FORMAT = "fl_rebasin.spec/1"
+_DEEPEST = 50
+"""How deep the expression of an axis may be nested."""
+_LARGEST = 2**63 - 1
+"""No axis of a tensor is longer."""
 
 
 def spec_to_json(spec: PermutationSpec) -> str:
@@ -55,7 +60,10 @@ def spec_from_json(text: str, model: nn.Module | None = None) -> PermutationSpec
     try:
         content = json.loads(text)
         if content["format"] != FORMAT:
-            raise SpecError(f"a spec of format {content['format']!r}; this version reads {FORMAT}")
+            found = reprlib.repr(content["format"])
+            raise SpecError(
+                f"a spec of format {found}; this version reads {FORMAT}: derive it anew"
+            )
         spec = _read(content)
     except SpecError:
         raise
@@ -88,40 +96,80 @@ def _written(axis: Axis) -> Any:
             return {"across": across, "cases": [[size, _written(part)] for size, part in cases]}
 
 
-def _read(content: Mapping[str, Any]) -> PermutationSpec:
-    groups = {str(name): _size(size) for name, size in content["groups"].items()}
-    within = {str(name): str(blocks) for name, blocks in content["within"].items()}
+def _read(content: Any) -> PermutationSpec:
+    groups = {name: _size(size) for name, size in _items(content, "groups")}
+    within = {name: _text(blocks, "within") for name, blocks in _items(content, "within")}
     for name, blocks in within.items():
         if name not in groups or blocks not in groups or blocks in within:
             raise SpecError(f"the spec's group {name!r} lies within {blocks!r}, which cannot be")
 
-    def axis(found: Any) -> Axis:
+    def axis(found: Any, depth: int = 0) -> Axis:
+        if depth > _DEEPEST:
+            raise SpecError("the spec has an axis nested too deeply: derive it anew")
         match found:
             case str() as name:
                 if name not in groups:
                     raise SpecError(f"the spec has an axis of group {name!r}, which it lacks")
                 return Group(name, groups[name], within.get(name))
-            case {"cat": [*parts], **rest} if not rest:
-                return Cat(tuple(map(axis, parts)))
-            case {"prod": [*factors], **rest} if not rest:
-                return Prod(tuple(map(axis, factors)))
-            case {"across": across, "cases": [*cases], **rest} if cases and not rest:
-                return Parted(_size(across), tuple((_size(n), axis(part)) for n, part in cases))
-            case _:
+            case {"cat": [_, *_] as parts, **rest} if not rest:
+                return Cat(tuple(axis(part, depth + 1) for part in parts))
+            case {"prod": [_, *_] as factors, **rest} if not rest:
+                return Prod(tuple(axis(part, depth + 1) for part in factors))
+            case {"across": across, "cases": [_, *_] as cases, **rest} if not (rest or depth):
+                each = [_list(case, "cases") for case in cases]
+                if all(len(case) == 2 for case in each):
+                    parts = tuple((_size(n), axis(part, depth + 1)) for n, part in each)
+                    return Parted(_size(across), parts)
+            case int() | float():
                 return Fixed(_size(found))
+        raise SpecError(f"the spec has the axis {reprlib.repr(found)}: derive it anew")
 
-    axes = {str(key): tuple(map(axis, each)) for key, each in content["axes"].items()}
-    learnable = tuple(map(str, content["learnable"]))
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for key, each in _items(content, "axes"):
+        axes[key] = tuple(map(axis, _list(each, f"axes of {key}")))
+        for one in axes[key]:
+            _check_parts(key, one, axes[key])
+        _check_within(key, axes[key])
+    used = {group.name for each in axes.values() for one in each for group in groups_of(one)}
+    if unused := [name for name in groups if name not in used]:
+        raise SpecError(f"the spec's groups {unused[:3]} are on no axis: derive it anew")
+    learnable = tuple(
+        _text(key, "learnable") for key in _list(content["learnable"], "learnable keys")
+    )
     if unknown := [key for key in learnable if key not in axes]:
         raise SpecError(f"the spec counts {unknown[:3]} as learnable, and has no axes for it")
-    for key, each in axes.items():
-        for expression in each:
-            _check_parts(key, expression, each)
-        names = {group.name for expression in each for group in groups_of(expression)}
-        if torn := [name for name in names if name in within and within[name] not in names]:
-            raise SpecError(f"{key} has units within {within[torn[0]]!r}, and no axis of it")
-    pinned = {str(place): str(reason) for place, reason in content["pinned"].items()}
-    return PermutationSpec(axes, groups, pinned, learnable, within, str(content["fingerprint"]))
+    if twice := [key for key in dict.fromkeys(learnable) if learnable.count(key) > 1]:
+        raise SpecError(f"the spec counts {twice[:3]} as learnable twice: derive it anew")
+    pinned = {place: _text(reason, "pinned") for place, reason in _items(content, "pinned")}
+    mark = _text(content["fingerprint"], "fingerprint")
+    return PermutationSpec(axes, groups, pinned, learnable, within, mark)
+
+
+def _check_within(key: str, axes: Iterable[Axis]) -> None:
+    """Raise `SpecError` for units within blocks that are not there, or twice in one product."""
+    groups = {group.name: group for axis in axes for group in groups_of(axis)}
+    for group in groups.values():
+        if group.within is not None and group.within not in groups:
+            raise SpecError(f"{key} has units within {group.within!r}, and no axis of it")
+
+    def check(axis: Axis) -> None:
+        match axis:
+            case Prod(factors):
+                blocks = [factor.name for factor in factors if isinstance(factor, Group)]
+                for group in groups_of(axis):
+                    if group.within is not None and blocks.count(group.within) > 1:
+                        raise SpecError(f"{key} has units within {group.within!r}, which is twice")
+                for part in factors:
+                    check(part)
+            case Cat(parts):
+                for part in parts:
+                    check(part)
+            case Parted(_, cases):
+                for _, part in cases:
+                    check(part)
+
+    for axis in axes:
+        check(axis)
 
 
 def _check_parts(key: str, axis: Axis, axes: tuple[Axis, ...]) -> None:
@@ -142,6 +190,25 @@ def _check_parts(key: str, axis: Axis, axes: tuple[Axis, ...]) -> None:
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise SpecError(f"the spec has the size {value!r}: sizes are whole numbers")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
+        raise SpecError(f"the spec has the size {reprlib.repr(value)}: sizes are whole numbers")
     return value
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise SpecError(f"the spec's {field} has {reprlib.repr(value)}, which is not a text")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise SpecError(f"the spec's {what} are {reprlib.repr(value)}, which is not a list")
+    return value
+
+
+def _items(content: Any, field: str) -> Iterable[tuple[str, Any]]:
+    value = content[field]
+    if not isinstance(value, dict):
+        raise SpecError(f"the spec's {field} is {reprlib.repr(value)}, which is not a dict")
+    return value.items()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fl_rebasin.rules import RULES, pointwise
 from fl_rebasin.spec import SpecError
@@ -31,67 +32,94 @@ class RuleError(Exception):
     """A rule of ours failed: not the model's fault."""
 
 
+@dataclass
+class _Seen:
+    """What is known of one tensor: its axes, and a number for the log."""
+
+    terms: tuple[Term, ...]
+    number: int | str
+    constant: bool = False
+    computed: bool = False
+    telling: list[tuple[Term, str]] = field(default_factory=list)
+
+
 class Tracer(TorchDispatchMode):
     """Watches the operators of a forward pass and states their equations between axes.
 
     Attributes:
         layout: sizes, strides and offset that the first argument had before the call.
-        touched: tensors that an operator has seen, by their identity.
-        computed: the axes of tensors that went into an operator that is not just a view.
+        touched: tensors of the state that an operator has seen, by their identity.
+        statistics: buffers that describe a unit, by their identity.
+        computed: axes that went into an operator that is not just a view.
         log: the operators with their arguments, tensors by number: equal logs, equal functions.
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, tuple[Term, ...]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._axes: dict[int, tuple[Tensor, tuple[Term, ...]]] = {
-            id(tensor): (tensor, terms) for tensor, terms in known
-        }
-        self._numbers: dict[int, int] = {}
-        self._telling: dict[int, list[tuple[Term, str]]] = {}
-        self._constants: set[int] = set()
+        # Tensors are not kept alive: activations would take more memory than the model.
+        self._seen = WeakTensorKeyDictionary()
+        self._count = 0
+        self._state: set[int] = set()
+        for tensor, terms in known:
+            self._state.add(id(tensor))
+            self.assign(tensor, terms)
         self.layout: Any = None
         self.touched: set[int] = set()
-        self.computed: dict[int, tuple[Term, ...]] = {}
+        self.statistics: set[int] = set()
+        self.computed: list[tuple[Term, ...]] = []
         self.log: list[Any] = []
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._axes
+        return tensor in self._seen
+
+    def _record(self, tensor: Tensor) -> _Seen:
+        if tensor not in self._seen:
+            terms = [Unknown(n, "constant of the model") for n in tensor.shape]
+            self._seen[tensor] = _Seen(tuple(terms), f"constant {id(tensor)}", constant=True)
+        record: _Seen = self._seen[tensor]
+        return record
 
     def axes(self, tensor: Tensor) -> tuple[Term, ...]:
         """Return one term an axis of a tensor; one never seen before is a constant and pinned."""
-        if id(tensor) not in self._axes:
-            self._constants.add(id(tensor))
-            self.assign(tensor, [Unknown(n, "constant of the model") for n in tensor.shape])
-        return self._axes[id(tensor)][1]
+        return self._record(tensor).terms
 
     def assign(self, tensor: Tensor, terms: Sequence[Term]) -> None:
         """Say what the axes of a new tensor are."""
         assert tuple(term.size for term in terms) == tuple(tensor.shape), (terms, tensor.shape)
         limit_to(terms)
-        # The tensor is kept alive, since its id is the key.
-        self._axes[id(tensor)] = (tensor, tuple(terms))
+        self._count += 1
+        constant = tensor in self._seen and self._seen[tensor].constant
+        self._seen[tensor] = _Seen(tuple(terms), self._count, constant)
 
     def pin_all(self, tensors: Any, reason: str) -> None:
         """Pin every axis of every tensor in a nest of them."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._use(tensor)
-                self.computed[id(tensor)] = self.axes(tensor)
                 for term in self.axes(tensor):
                     pin(term, reason)
 
     def pin_if_used(self, tensor: Tensor, term: Term, reason: str) -> None:
         """Pin an axis as soon as the values of a tensor, which tell its order, are used."""
-        self._telling.setdefault(id(tensor), []).append((term, reason))
+        self._record(tensor).telling.append((term, reason))
+
+    def mark_statistic(self, tensor: Tensor) -> None:
+        """Say that a buffer describes a unit, and moves with it even if no run updates it."""
+        self.statistics.add(id(tensor))
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to the model and not to its state or its inputs."""
-        self.axes(tensor)
-        return id(tensor) in self._constants
+        return self._record(tensor).constant
 
-    def _use(self, tensor: Tensor) -> None:
-        for term, reason in self._telling.get(id(tensor), ()):
+    def _use(self, tensor: Tensor, by_view: bool = False) -> None:
+        record = self._record(tensor)
+        for term, reason in record.telling:
             pin(term, reason)
+        if id(tensor) in self._state:
+            self.touched.add(id(tensor))
+        if not by_view and not record.computed:
+            record.computed = True
+            self.computed.append(record.terms)
 
     def __torch_dispatch__(
         self,
@@ -104,11 +132,7 @@ class Tracer(TorchDispatchMode):
         # A view's shape can change in place; the axes are those from before the call.
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._use(tensor)
-                self.touched.add(id(tensor))
-                axes = self.axes(tensor)
-                if not func.is_view:
-                    self.computed.setdefault(id(tensor), axes)
+                self._use(tensor, by_view=func.is_view)
         self.layout = _layout(args[0]) if args else None
         self.log.append((str(func), tree_map(self._number, (args, kwargs))))
         out = func(*args, **kwargs)
@@ -131,7 +155,7 @@ class Tracer(TorchDispatchMode):
     def _number(self, leaf: Any) -> Any:
         """Return what stands for an argument in the log."""
         if isinstance(leaf, Tensor):
-            return self._numbers.setdefault(id(leaf), len(self._numbers)), tuple(leaf.shape)
+            return self._record(leaf).number, tuple(leaf.shape)
         return str(leaf)
 
 
@@ -198,7 +222,8 @@ def trace(twin: Twin) -> Trace:
             runs[training] = run
         tracers.append(tracer)
     touched = set[int]().union(*(tracer.touched for tracer in tracers))
-    computed = [term for tracer in tracers for terms in tracer.computed.values() for term in terms]
+    statistics = set[int]().union(*(tracer.statistics for tracer in tracers))
+    computed = [term for tracer in tracers for terms in tracer.computed for term in terms]
     # What is cut off and never looked at, such as positions beyond the example's length, has the
     # same units as the rest, and stays.
     used = {leaf for term in computed for leaf in leaves(term)}
@@ -206,7 +231,7 @@ def trace(twin: Twin) -> Trace:
         for term in terms:
             same_in_unused(term, used)
     used = {leaf for term in computed for leaf in leaves(term)}
-    written = {key for run in runs.values() for key in run.written}
+    written = {id(twin.tensors[key]) for run in runs.values() for key in run.written} | statistics
     unused = []
     for key, tensor in twin.tensors.items():
         if id(tensor) not in touched:
@@ -214,7 +239,7 @@ def trace(twin: Twin) -> Trace:
                 pin(term, "not used in the forward pass")
             if isinstance(tensor, nn.Parameter):
                 unused.append(key)
-        elif not isinstance(tensor, nn.Parameter) and key not in written:
+        elif not isinstance(tensor, nn.Parameter) and id(tensor) not in written:
             for term in known[id(tensor)][1]:
                 pin(term, "a buffer that no run updates: a constant of the model")
         for leaf in {leaf for term in known[id(tensor)][1] for leaf in leaves(term)} - used:

@@ -7,8 +7,9 @@ values differ from unit to unit. The model itself is not touched.
 from __future__ import annotations
 
 import copy
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fl_rebasin.axes import groups_of
+from fl_rebasin.axes import Axis, Fixed, Parted, axis_index, groups_of, move_tensor
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
+
+_PART = 1 << 22
+"""Values that are moved at a time, so that no tensor is there twice."""
 
 _WIDE = {
     torch.float16: torch.float64,
@@ -101,20 +105,14 @@ class Noise:
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._table = torch.randn(65_537, generator=generator, dtype=torch.float64)
+        self._table = torch.randn(65_537, generator=generator)
 
-    def add_to(self, tensor: Tensor, scale: float, start: int) -> None:
-        """Add noise in place to a contiguous tensor, from a place of the table on."""
-        table = (self._table.roll(-start) * scale).to(tensor)
-        for chunk in tensor.view(-1).split(len(table)):
-            chunk.add_(table[: len(chunk)])
-
-    def uniform(self, tensor: Tensor, start: int) -> Tensor:
-        """Return numbers in (0, 1) of the shape of a tensor."""
-        drawn = torch.zeros(tensor.shape, dtype=torch.float64)
-        self.add_to(drawn, 1.0, start)
-        uniform: Tensor = torch.special.ndtr(drawn)
-        return uniform.to(tensor)
+    def rows(self, rows: Tensor, width: int, start: int) -> Tensor:
+        """Return the numbers for some rows of a matrix: shape `(len(rows), width)`, float32."""
+        length = len(self._table)
+        table = self._table.repeat(1 + -(-width // length))
+        windows = table.as_strided((length, width), (1, 1))
+        return windows.index_select(0, (rows * width + start) % length)
 
 
 @contextmanager
@@ -235,31 +233,32 @@ class Twin:
         self.example_inputs = example_inputs
         self.batch = 1
         self._noise = Noise(seed=1)
-        originals = dict(enumerate(dict.fromkeys([*model.parameters(), *model.buffers()])))
+        self._spec: PermutationSpec | None = None
+        self._permutation: Permutation | None = None
+        self._originals = dict(enumerate(dict.fromkeys([*model.parameters(), *model.buffers()])))
         memo: dict[int, Any] = {}
         for module in model.modules():
             for value in vars(module).values():
                 if isinstance(value, Tensor):  # Such as the older weight_norm's, not a leaf.
                     memo[id(value)] = widened(value.detach().clone())
-        for number, tensor in originals.items():
-            copied = self._lively(tensor, number)
+        for number, tensor in self._originals.items():
+            copied = self._empty(tensor)
+            self._write(number, copied)
             if isinstance(tensor, nn.Parameter):
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = copied
-        numbers = {id(memo[id(tensor)]): number for number, tensor in originals.items()}
+        numbers = {id(memo[id(tensor)]): number for number, tensor in self._originals.items()}
         try:
             self.module: nn.Module = copy.deepcopy(model, memo)
         except Exception as error:  # The copy runs the user's code.
             raise SpecError(f"the model cannot be copied: {error}") from error
         self.tensors = self._state()
-        self._sources = {
-            key: (numbers[id(value)], originals[numbers[id(value)]])
-            for key, value in self.tensors.items()
-            if id(value) in numbers
+        self._numbers = {
+            key: numbers[id(value)] for key, value in self.tensors.items() if id(value) in numbers
         }
         self._devices = {tensor.device for tensor in self.tensors.values()}
         # A tied tensor is written once.
-        self._keys = {id(self.tensors[key]): key for key in reversed(self._sources)}
+        self._keys = {id(self.tensors[key]): key for key in reversed(self._numbers)}
         self._versions = {key: self.tensors[key]._version for key in self._keys.values()}
         # BatchNorm's operator writes without counting it, so buffers are compared.
         self._starts = {
@@ -267,25 +266,61 @@ class Twin:
             for key in self._versions
             if not isinstance(self.tensors[key], nn.Parameter)
         }
-        self._permutation: tuple[PermutationSpec, Permutation] | None = None
 
-    def _lively(self, tensor: Tensor, number: int) -> Tensor:
-        """Return the copy's value of a parameter or buffer."""
+    def _lively(self, number: int, rows: Tensor) -> Tensor:
+        """Return some rows of a parameter's or buffer's value, not yet in double precision."""
+        tensor = self._originals[number].detach()
         if tensor.is_meta:
-            tensor = torch.zeros_like(tensor, device="cpu")
-        value: Tensor = widened(tensor.detach().clone(memory_format=torch.contiguous_format))
-        if not value.is_floating_point() or value.layout != torch.strided or not value.ndim:
+            value = torch.zeros(len(rows), *tensor.shape[1:], dtype=tensor.dtype)
+        else:
+            value = tensor.index_select(0, rows.to(tensor.device))
+        if not value.is_floating_point():
             return value
-        sample = value.view(-1)[:: max(1, value.numel() // 4096)]
-        spread = float(sample.std()) if len(sample) > 1 else 0.0
-        if isinstance(tensor, nn.Parameter):
-            fan_in = value.numel() / max(1, value.shape[0])
-            fresh = 0.15 if value.ndim == 1 else fan_in**-0.5
-            self._noise.add_to(value, 0.3 * spread or fresh, start=number)
-        elif not spread:
-            # Statistics that have not been estimated yet; variances must stay positive.
-            value += 0.3 * self._noise.uniform(value, start=number)
+        if value.itemsize < 4:
+            value = value.float()
+        scale = self._scale(number)
+        if scale:
+            noise = self._noise.rows(rows, math.prod(tensor.shape[1:]), number)
+            noise = noise.reshape(value.shape)
+            if not isinstance(self._originals[number], nn.Parameter):
+                noise = torch.special.ndtr(noise)  # Variances must stay positive.
+            value += scale * noise.to(value)
         return value
+
+    def _scale(self, number: int) -> float:
+        """Return the scale of the noise that makes a tensor's values differ from unit to unit."""
+        tensor = self._originals[number]
+        sample = torch.zeros(2)
+        if not tensor.is_meta:
+            sample = tensor.detach().reshape(len(tensor), -1)[:: max(1, len(tensor) // 64)]
+            sample = sample.flatten()[:: max(1, sample.numel() // 4096)].double()
+        spread = float(sample.std()) if len(sample) > 1 else 0.0
+        if not isinstance(tensor, nn.Parameter):
+            # Statistics that have not been estimated yet.
+            return 0.0 if spread else 0.3
+        fan_in = tensor.numel() / len(tensor)
+        return 0.3 * spread or (0.15 if tensor.ndim == 1 else fan_in**-0.5)
+
+    def _write(self, number: int, copied: Tensor, axes: Sequence[Axis] | None = None) -> None:
+        """Write a tensor's start, permuted if axes are given, into the copy, part by part."""
+        if not copied.ndim or not copied.numel() or copied.layout != torch.strided:
+            copied.copy_(self._originals[number].detach() if not self._is_meta(number) else copied)
+            return
+        moves = {} if axes is None or self._permutation is None else self._permutation.indices
+        axes = axes or [Fixed(size) for size in copied.shape]
+        rows, rest = axis_index(axes[0], moves), axes[1:]
+        count = max(1, _PART // max(1, copied[0].numel()))
+        if any(isinstance(axis, Parted) or g.within for axis in axes for g in groups_of(axis)):
+            # An axis may depend on another one: all at once.
+            rows, rest, count = torch.arange(len(copied)), axes, len(copied)
+        for start in range(0, len(copied), count):
+            some = rows[start : start + count]
+            value = self._lively(number, some)
+            whole = rest if len(rest) == copied.ndim else (Fixed(len(some)), *rest)
+            copied[start : start + count] = move_tensor(value, whole, moves)
+
+    def _is_meta(self, number: int) -> bool:
+        return self._originals[number].is_meta
 
     def _state(self) -> dict[str, Tensor]:
         """Return the tensors of the state dict, each the very object that the module holds."""
@@ -300,24 +335,28 @@ class Twin:
             state[key] = named.get(key, value)
         return state
 
+    def _empty(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the copy without values."""
+        dtype = _WIDE.get(tensor.dtype, tensor.dtype)
+        if tensor.layout != torch.strided:
+            return tensor.detach().to(dtype, copy=True)
+        device = "cpu" if tensor.is_meta else tensor.device
+        return torch.zeros(tensor.shape, dtype=dtype, device=device)
+
     def permute(self, spec: PermutationSpec, permutation: Permutation) -> None:
         """Hold the permuted start from now on."""
-        self._permutation = spec, permutation
+        self._spec, self._permutation = spec, permutation
         for key in self._versions:
             if any(True for axis in spec.axes[key] for _ in groups_of(axis)):
                 self._restore(key)
 
     def _restore(self, key: str) -> None:
-        number, original = self._sources[key]
-        value = self._lively(original, number)
-        if self._permutation is not None:
-            spec, permutation = self._permutation
-            value = spec.move(key, value, permutation)
+        axes = None if self._spec is None else self._spec.axes[key]
         with torch.no_grad():
-            self.tensors[key].copy_(value)
+            self._write(self._numbers[key], self.tensors[key], axes)
         self._versions[key] = self.tensors[key]._version
         if key in self._starts:
-            self._starts[key] = value
+            self._starts[key] = self.tensors[key].clone()
 
     def inputs(self, training: bool) -> Any:
         """Return the inputs of a run: a batch of two or more where training needs it."""

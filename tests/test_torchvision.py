@@ -10,8 +10,10 @@ from torch import nn
 from fl_rebasin import derive_spec
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
-SIZES = {"inception_v3": 160}
+SIZES = {"inception_v3": 224}
 """The least side of an image that the model takes, where it is not 64."""
+OPTIONS = {name: {"init_weights": False} for name in ("googlenet", "inception_v3")}
+"""These two announce that their initial weights will change."""
 SMALL = 30_000_000
 """Models with more parameters are only proved by the derivation's own check."""
 
@@ -22,7 +24,7 @@ def image_size(name: str) -> int:
 
 def build(name: str) -> nn.Module:
     """Build a model; on meta tensors where its constructor allows, which saves the time to fill."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options = OPTIONS.get(name, {})
     try:
         with torch.device("meta"):
             return torchvision.models.get_model(name, **options)
@@ -46,7 +48,7 @@ def test_the_spec_of_a_model_is_free_and_holds(name: str) -> None:
     if sum(parameter.numel() for parameter in model.parameters()) > SMALL:
         return
     real = (
-        torchvision.models.get_model(name)
+        torchvision.models.get_model(name, **OPTIONS.get(name, {}))
         if any(parameter.is_meta for parameter in model.parameters())
         else model
     )

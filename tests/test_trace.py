@@ -13,6 +13,8 @@ from torchvision.models import resnet18
 
 from fl_rebasin import SpecError, derive_spec
 from fl_rebasin.rules import RULES
+from fl_rebasin.trace import trace
+from fl_rebasin.twin import Twin
 
 
 class Module(nn.Module):
@@ -238,6 +240,74 @@ def test_inputs_that_are_changed_in_place_stay_the_callers() -> None:
     assert derive_spec(InPlace(torch.relu), (inputs, index)).groups == {"first": 6}
     assert int(index) == 0
     assert torch.equal(inputs, torch.ones(2, 4))
+
+
+def test_buffers_that_nothing_updates_are_constants_and_stay() -> None:
+    # All clients hold the same: an average of differently permuted copies would not be it.
+    class Masked(Module):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.register_buffer("mask", (torch.arange(24) % 3 > 0).float().view(6, 4))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            weight = self.first.weight * self.mask
+            return self.second(torch.relu(nn.functional.linear(inputs, weight, self.first.bias)))
+
+    spec = derive_spec(Masked(), INPUT)
+    assert spec.groups == {}
+    assert spec.pinned["mask[0]"] == "a buffer that no run updates: a constant of the model"
+    assert spec.pinned["first.weight[0]"] == spec.pinned["mask[0]"]
+
+
+def test_statistics_of_a_frozen_batchnorm_move_with_their_units() -> None:
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> "Frozen":
+            return super().train(False)
+
+    model = nn.Sequential(nn.Linear(4, 6), Frozen(6), nn.Linear(6, 2)).train()
+    spec = derive_spec(model, INPUT)
+    assert spec.groups == {"0": 6}
+    assert "1.running_mean[0]" not in spec.pinned
+
+
+def test_positions_beyond_the_example_stay() -> None:
+    class Placed(Module):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.table = nn.Parameter(torch.randn(9, 6))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.second(self.first(inputs) + self.table[: inputs.shape[1]])
+
+    spec = derive_spec(Placed(), torch.zeros(2, 5, 4))
+    assert spec.groups == {"first": 6}
+    assert "table[1]" not in spec.pinned
+    assert "table[0]" in spec.pinned
+
+
+def test_a_place_found_by_its_value_pins_only_if_it_is_used() -> None:
+    values = derive_spec(Module(lambda x: x * x.max(1, keepdim=True).values), INPUT)
+    assert values.groups == {"first": 6}
+    places = derive_spec(Module(lambda x: x * x.max(1, keepdim=True).indices), INPUT)
+    assert places.groups == {}
+    assert places.pinned["first.bias[0]"] == "searched for a place's number"
+
+
+def test_two_modes_that_do_the_same_with_other_weights_are_two_functions() -> None:
+    # The same operators in the same order: only the tensors differ.
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(4, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            first, second = (self.one, self.two) if self.training else (self.two, self.one)
+            return self.head(torch.sigmoid(first(inputs)) * second(inputs))
+
+    twin = Twin(Swapped(), INPUT)
+    assert set(trace(twin).runs) == {False, True}
+    assert set(trace(Twin(Module(torch.relu), INPUT)).runs) == {False}
 
 
 def test_positions_of_a_convolution_are_pinned_by_its_rule() -> None:

@@ -23,6 +23,7 @@ def batch_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> boo
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             unify(axes[1], trace.axes(tensor)[0])
+            trace.mark_statistic(tensor)
     trace.assign(out[0], axes)
     _statistics(trace, out[1:])
     return True

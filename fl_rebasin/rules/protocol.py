@@ -27,6 +27,9 @@ class Trace(Protocol):
     def pin_if_used(self, tensor: Tensor, term: Term, reason: str) -> None:
         """Pin an axis as soon as the values of a tensor, which tell its order, are used."""
 
+    def mark_statistic(self, tensor: Tensor) -> None:
+        """Say that a buffer describes a unit, and moves with it even if no run updates it."""
+
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to the model and not to its state or its inputs."""
 
