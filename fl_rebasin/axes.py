@@ -114,6 +114,8 @@ def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
             return torch.arange(axis.size)
         case Cat(parts):
             return _joined([axis_index(part, permutation) for part in parts], parts)
+        case Prod() if not axis.size:
+            return torch.arange(0)
         case Prod(factors):
             total = torch.zeros([1] * len(factors), dtype=torch.int64)
             stride = axis.size
@@ -162,7 +164,7 @@ def _block_number(axis: Axis, blocks: str) -> Tensor | None:
     """Return for each place of an axis the number of the block that it lies in, if it has any."""
     if isinstance(axis, Group) and axis.name == blocks:
         return torch.arange(axis.size)
-    if isinstance(axis, Prod):
+    if isinstance(axis, Prod) and axis.size:
         stride = axis.size
         for part in axis.factors:
             stride //= part.size

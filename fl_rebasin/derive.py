@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod, groups_of
 from fl_rebasin.fingerprint import fingerprint
 from fl_rebasin.readoff import read_off
-from fl_rebasin.selfcheck import TOLERANCE, SelfCheck
+from fl_rebasin.selfcheck import SelfCheck
 from fl_rebasin.spec import PermutationSpec, SpecError
 from fl_rebasin.trace import trace
-from fl_rebasin.twin import Twin
+from fl_rebasin.twin import Twin, check_model
 
 ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -35,7 +37,7 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
     Args:
         model: any module whose forward pass runs on `example_inputs`.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword
-            arguments; floats are replaced by random ones, integers are kept.
+            arguments; floats that are all equal are replaced by random ones, others are kept.
 
     Returns:
         The spec of `model.state_dict()`.
@@ -56,26 +58,72 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
             f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of "
             "positional arguments or a dict of keyword arguments"
         )
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    check_model(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(_untouched(model))
+        return _derive(model, example_inputs)
+
+
+def _derive(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
     twin = Twin(model, example_inputs)
     traced = trace(twin)
     spec = read_off(traced.terms, _learnable(twin))
     spec = replace(spec, fingerprint=fingerprint(model))
     proof = SelfCheck(twin, traced.runs)
     for _ in range(3):
-        error, guilty = proof.check(spec)
-        if error < TOLERANCE:
+        error, draw = proof.check(spec)
+        if draw is None:
             return spec
         if not proof.is_repeatable(spec):
             raise SpecError(
-                "the model's outputs on random inputs are NaN, or differ between two equal runs: "
-                "make its forward pass repeatable under torch.manual_seed and finite on standard "
-                "normal inputs, or trace a part of it"
+                "the model's outputs are NaN, or differ between two equal runs: make its forward "
+                "pass repeatable under torch.manual_seed and finite on the example inputs (floats "
+                "that are all equal are replaced by standard normal ones), or trace a part of it"
             )
+        guilty = proof.guilty(spec, draw)
         warnings.warn(
-            f"the self-check pins the groups {guilty}: relative error {error:.1e}", stacklevel=2
+            f"the self-check pins the groups {guilty}: relative error {error:.1e}", stacklevel=3
         )
         spec = without(spec, guilty)
     raise SpecError("the self-check still fails after its guilty groups were pinned")
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers back as they were, and raise if the copy has written to it.
+
+    A function that the model holds may refer to the model itself, where copying does not reach.
+    """
+    versions = {name: parameter._version for name, parameter in model.named_parameters()
+                if not parameter.is_inference()}  # fmt: skip
+    buffers = {
+        name: (buffer, buffer.clone())
+        for name, buffer in model.named_buffers()
+        if buffer.layout == torch.strided and not buffer.is_quantized and not buffer.is_meta
+    }
+    try:
+        yield
+    finally:
+        odd = [
+            name
+            for name, parameter in model.named_parameters()
+            if name in versions and parameter._version != versions[name]
+        ]
+        for name, (buffer, before) in buffers.items():
+            if not torch.equal(buffer, before):
+                odd.append(name)
+                with torch.no_grad():
+                    buffer.copy_(before)
+        if odd:
+            raise SpecError(
+                f"running a copy of the model changes the model's own {odd[:3]}: let forward use "
+                "submodules as attributes, not functions that refer to them"
+            )
 
 
 def _learnable(twin: Twin) -> tuple[str, ...]:

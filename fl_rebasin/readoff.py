@@ -14,8 +14,10 @@ from fl_rebasin.unify import (
     Unknown,
     Varying,
     join,
+    leaves,
     limit,
     limit_to,
+    pin,
     resolve,
     same,
 )
@@ -23,6 +25,10 @@ from fl_rebasin.unify import (
 
 def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) -> PermutationSpec:
     """Turn the terms of a state dict's axes into groups, axis expressions and reasons."""
+    counted = {leaf for key in learnable for term in terms[key] for leaf in leaves(term)}
+    for each in terms.values():
+        for leaf in {leaf for term in each for leaf in leaves(term)} - counted:
+            pin(leaf, "on no parameter")
     _settle(list(terms.values()))
     names: dict[Unknown, Group] = {}
     taken: set[str] = set()
@@ -44,8 +50,8 @@ def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) ->
         return names[unknown]
 
     def axis(term: Term, key: str, dim: int) -> Axis:
-        if term.size == 1:
-            return Fixed(1)
+        if term.size < 2:
+            return Fixed(term.size)
         match resolve(term):
             case Unknown(size=size, reason=str(reason)):
                 pinned.setdefault(f"{key}[{dim}]", reason)
@@ -63,9 +69,9 @@ def read_off(terms: Mapping[str, tuple[Term, ...]], learnable: Sequence[str]) ->
                 )
 
     # A group takes its name from the layer that puts it out, so first axes are named first.
-    for key, each in terms.items():
-        if each:
-            axis(each[0], key, 0)
+    for key in [*learnable, *terms]:
+        if terms[key]:
+            axis(terms[key][0], key, 0)
     axes = {
         key: tuple(axis(term, key, dim) for dim, term in enumerate(each))
         for key, each in terms.items()

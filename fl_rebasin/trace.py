@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fl_rebasin.rules import RULES, pointwise
+from fl_rebasin.runtime import in_one_line
 from fl_rebasin.spec import SpecError
 from fl_rebasin.twin import Run, Twin
 from fl_rebasin.unify import (
@@ -133,12 +134,16 @@ class Tracer(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._use(tensor, by_view=func.is_view)
-        self.layout = _layout(args[0]) if args else None
-        self.log.append((str(func), tree_map(self._number, (args, kwargs))))
-        out = func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket.__name__)
         if rule is None and _is_pointwise(func):
             rule = pointwise
+        if rule is None and _is_composite(func):
+            # In inference mode the operators that others are composed of arrive whole.
+            with self:
+                return func.decompose(*args, **kwargs)
+        self.layout = _layout(args[0]) if args else None
+        self.log.append((str(func), tree_map(self._number, (args, kwargs))))
+        out = func(*args, **kwargs)
         try:
             if rule is not None and rule(self, func, args, kwargs, out):
                 return out
@@ -178,6 +183,12 @@ def _is_pointwise(func: Any) -> bool:
     )
 
 
+def _is_composite(func: Any) -> bool:
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
+
+
 @dataclass(frozen=True)
 class Trace:
     """What the runs of a model say.
@@ -197,6 +208,11 @@ def trace(twin: Twin) -> Trace:
     Raises:
         SpecError: the model cannot be run on the inputs.
     """
+    if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(twin.example_inputs)):
+        raise SpecError(
+            f"the example inputs {described(twin.example_inputs)} have no values: give some on "
+            "the model's device (the CPU for a model on the meta device)"
+        )
     known = {id(t): (t, fresh(t.shape)) for t in twin.tensors.values()}
     runs: dict[bool, Run] = {}
     tracers: list[Tracer] = []
@@ -209,11 +225,11 @@ def trace(twin: Twin) -> Trace:
             if not training:
                 raise SpecError(
                     f"the model cannot be run on the example inputs "
-                    f"{described(twin.example_inputs)}: {error}"
+                    f"{described(twin.example_inputs)}: {_told(error)}"
                 ) from error
             warnings.warn(
                 "the model is traced in evaluation mode only, it cannot be run for training on "
-                f"the example inputs: {error}",
+                f"the example inputs: {_told(error)}",
                 stacklevel=4,
             )
             continue
@@ -234,7 +250,7 @@ def trace(twin: Twin) -> Trace:
     written = {id(twin.tensors[key]) for run in runs.values() for key in run.written} | statistics
     unused = []
     for key, tensor in twin.tensors.items():
-        if id(tensor) not in touched:
+        if id(tensor) not in touched | written:
             for term in known[id(tensor)][1]:
                 pin(term, "not used in the forward pass")
             if isinstance(tensor, nn.Parameter):
@@ -266,13 +282,18 @@ def _traced(
                 tracer.assign(tensor, [Unknown(n, "model input") for n in tensor.shape])
         return tracer, twin.run(training, inputs, tracer)
 
-    try:
-        tracer, run = attempt()
-    except ValueError:
-        if not training:
-            raise
-        twin.batch = 2  # BatchNorm asks for more than one value a channel.
-        tracer, run = attempt()
+    while True:
+        try:
+            tracer, run = attempt()
+            break
+        except ValueError:
+            if not training or twin.batch > 1:
+                raise
+            twin.batch = 2  # BatchNorm asks for more than one value a channel.
+        except RuntimeError as error:
+            if twin.gradients or "does not require grad" not in str(error):
+                raise
+            twin.gradients = True  # Forces, or gradient penalties.
     tracer.pin_all(run.outputs, "model output")
     for key, tensor in run.written.items():
         if tensor in tracer:
@@ -295,4 +316,9 @@ def described(inputs: Any) -> str:
         ),
         dict(inputs) if isinstance(inputs, Mapping) else inputs,
     )
-    return str(shown)
+    return in_one_line(shown, 200)
+
+
+def _told(error: Exception) -> str:
+    """Return an exception in one line."""
+    return f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")

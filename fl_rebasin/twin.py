@@ -8,93 +8,31 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fl_rebasin.axes import Axis, Fixed, Parted, axis_index, groups_of, move_tensor
+from fl_rebasin.runtime import (
+    WIDE,
+    Double,
+    call,
+    fixed_chance,
+    in_one_line,
+    output_tensors,
+    plain_kernels,
+    random_inputs,
+    widened,
+)
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
 
 _PART = 1 << 22
 """Values that are moved at a time, so that no tensor is there twice."""
-
-_WIDE = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
-
-
-class Double(TorchDispatchMode):
-    """Computes everything in double precision, casts included, and without chance.
-
-    Dropout's masks, drawn place by place, are no function of the units: they become 1 - p.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name == "bernoulli_":
-            # The operator leaves its default out of the arguments.
-            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return args[0].copy_(torch.as_tensor(chance))
-        if kwargs.get("dtype") in _WIDE:
-            kwargs = {**kwargs, "dtype": _WIDE[kwargs["dtype"]]}
-        if any(leaf.dtype in _WIDE for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)):
-            args, kwargs = tree_map(widened, (args, kwargs))
-        out = func(*args, **kwargs)
-        if any(leaf.dtype in _WIDE for leaf in tree_leaves(out) if _is_tensor(leaf)):
-            out = tree_map(widened, out)
-        return out
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def widened(leaf: Any) -> Any:
-    """Return a tensor of floats in double precision, everything else as it is."""
-    if isinstance(leaf, Tensor) and leaf.dtype in _WIDE:
-        return leaf.to(_WIDE[leaf.dtype])
-    return leaf
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Let PyTorch compose attention and the like of elementary operators."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on a tensor, a tuple of arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 class Noise:
@@ -115,80 +53,17 @@ class Noise:
         return windows.index_select(0, (rows * width + start) % length)
 
 
-@contextmanager
-def fixed_chance(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Draw the same random numbers each time, and leave all generators as they were."""
-    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=cuda):
-        # Not torch.manual_seed, which would seed every GPU and so outlive the fork.
-        for generator in [
-            torch.default_generator,
-            *(torch.cuda.default_generators[i] for i in cuda),
-        ]:
-            generator.manual_seed(2)
-        random.seed(2)
-        np.random.seed(2)
-        try:
-            yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-
-
-def random_inputs(example_inputs: Any, batch: int) -> Any:
-    """Return fresh inputs of the same structure: floats drawn at random, all else copied.
-
-    Args:
-        example_inputs: a tensor or a nest of tensors and other values.
-        batch: least size of the first axis; smaller examples are repeated along it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tensors = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor) and x.ndim]
-    first = tensors[0].shape[0] if tensors else 0
-    repeats = -(-batch // first) if first else 1
-
-    def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach().clone()
-        if leaf.layout != torch.strided:
-            return widened(leaf)
-        if leaf.ndim and leaf.shape[0] == first and repeats > 1:
-            leaf = leaf.repeat(repeats, *[1] * (leaf.ndim - 1))
-        if leaf.dtype not in _WIDE and not leaf.is_floating_point():
-            return leaf
-        wide = _WIDE.get(leaf.dtype, leaf.dtype)
-        return torch.randn(leaf.shape, generator=generator, dtype=wide).to(leaf.device)
-
-    plain = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    return tree_map(draw, plain)
-
-
-def output_tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors of a forward pass's result.
-
-    Raises:
-        SpecError: a part of the result cannot be looked into, or there is nothing to compare.
-    """
-    leaves = tree_leaves(outputs)
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, bool, str, int, type(None))):
-            raise SpecError(
-                f"the model returns a {type(leaf).__name__}, which cannot be compared: wrap the "
-                "module so that it returns tensors, or tuples, lists and dicts of tensors"
-            )
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not any(tensor.numel() for tensor in tensors):
-        raise SpecError("the model returns no values: give example inputs that are not empty")
-    return tensors
-
-
-def _check(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise `SpecError` for tensors that have no place in an average."""
     named = dict(model.named_parameters()) | {
         name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
     }
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SpecError(
+                f"{name or 'the model'} is a script: give the module before torch.jit.script or "
+                "torch.jit.trace"
+            )
     for name, tensor in named.items():
         if is_lazy(tensor):
             raise SpecError(f"{name} is not initialised: run the lazy model once before")
@@ -216,24 +91,24 @@ class Twin:
 
     Args:
         model: any module; not changed.
-        example_inputs: a tensor, a tuple or a mapping that it runs on; floats are replaced by
-            random ones, everything else is kept.
+        example_inputs: a tensor, a tuple or a mapping that it runs on; floats that are all equal
+            are replaced by random ones, everything else is kept.
 
     Attributes:
         module: the copy.
         tensors: for each key of the state dict the copy's own tensor.
         batch: least batch size of runs for training.
+        gradients: whether runs record gradients, which few forward passes need.
 
     Raises:
         SpecError: the model holds tensors that cannot be averaged, or cannot be copied.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        _check(model)
         self.example_inputs = example_inputs
         self.batch = 1
+        self.gradients = False
         self._noise = Noise(seed=1)
-        self._spec: PermutationSpec | None = None
         self._permutation: Permutation | None = None
         self._originals = dict(enumerate(dict.fromkeys([*model.parameters(), *model.buffers()])))
         memo: dict[int, Any] = {}
@@ -242,7 +117,7 @@ class Twin:
                 if isinstance(value, Tensor):  # Such as the older weight_norm's, not a leaf.
                     memo[id(value)] = widened(value.detach().clone())
         for number, tensor in self._originals.items():
-            copied = self._empty(tensor)
+            copied = _empty_like(tensor)
             self._write(number, copied)
             if isinstance(tensor, nn.Parameter):
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
@@ -251,21 +126,21 @@ class Twin:
         try:
             self.module: nn.Module = copy.deepcopy(model, memo)
         except Exception as error:  # The copy runs the user's code.
-            raise SpecError(f"the model cannot be copied: {error}") from error
-        self.tensors = self._state()
-        self._numbers = {
-            key: numbers[id(value)] for key, value in self.tensors.items() if id(value) in numbers
-        }
-        self._devices = {tensor.device for tensor in self.tensors.values()}
-        # A tied tensor is written once.
-        self._keys = {id(self.tensors[key]): key for key in reversed(self._numbers)}
-        self._versions = {key: self.tensors[key]._version for key in self._keys.values()}
+            raise SpecError(f"the model cannot be copied: {in_one_line(error)}") from error
+        # All tensors, also those that are not in the state dict, a tied one once.
+        held = [*self.module.parameters(), *self.module.buffers()]
+        self._held = {id(t): (numbers[id(t)], t) for t in held if id(t) in numbers}
+        self._versions = {name: tensor._version for name, (_, tensor) in self._held.items()}
+        self._samples = {name: _sample(tensor) for name, (_, tensor) in self._held.items()}
         # BatchNorm's operator writes without counting it, so buffers are compared.
         self._starts = {
-            key: self.tensors[key].clone()
-            for key in self._versions
-            if not isinstance(self.tensors[key], nn.Parameter)
+            name: tensor.clone()
+            for name, (_, tensor) in self._held.items()
+            if not isinstance(tensor, nn.Parameter)
         }
+        self.tensors = self._state()
+        self._axes: dict[int, tuple[Axis, ...]] = {}
+        self._devices = {tensor.device for tensor in self.tensors.values()}
 
     def _lively(self, number: int, rows: Tensor) -> Tensor:
         """Return some rows of a parameter's or buffer's value, not yet in double precision."""
@@ -303,24 +178,28 @@ class Twin:
 
     def _write(self, number: int, copied: Tensor, axes: Sequence[Axis] | None = None) -> None:
         """Write a tensor's start, permuted if axes are given, into the copy, part by part."""
-        if not copied.ndim or not copied.numel() or copied.layout != torch.strided:
-            copied.copy_(self._originals[number].detach() if not self._is_meta(number) else copied)
+        original = self._originals[number].detach()
+        if not _is_plain(copied):
+            if original.is_meta:
+                copied.zero_()
+            elif copied.layout == torch.strided and not copied.is_quantized:
+                copied.copy_(original)
             return
         moves = {} if axes is None or self._permutation is None else self._permutation.indices
         axes = axes or [Fixed(size) for size in copied.shape]
-        rows, rest = axis_index(axes[0], moves), axes[1:]
-        count = max(1, _PART // max(1, copied[0].numel()))
         if any(isinstance(axis, Parted) or g.within for axis in axes for g in groups_of(axis)):
             # An axis may depend on another one: all at once.
-            rows, rest, count = torch.arange(len(copied)), axes, len(copied)
-        for start in range(0, len(copied), count):
-            some = rows[start : start + count]
+            value = self._lively(number, torch.arange(len(copied)))
+            copied.copy_(move_tensor(value, axes, moves))
+            return
+        rows = axis_index(axes[0], moves)
+        start = 0
+        for some in rows.split(max(1, _PART // copied[0].numel())):
             value = self._lively(number, some)
-            whole = rest if len(rest) == copied.ndim else (Fixed(len(some)), *rest)
-            copied[start : start + count] = move_tensor(value, whole, moves)
-
-    def _is_meta(self, number: int) -> bool:
-        return self._originals[number].is_meta
+            copied[start : start + len(some)] = move_tensor(
+                value, (Fixed(len(some)), *axes[1:]), moves
+            )
+            start += len(some)
 
     def _state(self) -> dict[str, Tensor]:
         """Return the tensors of the state dict, each the very object that the module holds."""
@@ -330,33 +209,28 @@ class Twin:
         for key, value in self.module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise SpecError(
-                    f"{key} in the state dict is a {type(value).__name__}, not a tensor"
+                    f"{key} in the state dict is a {type(value).__name__}, not a tensor: only "
+                    "tensors can be merged"
                 )
             state[key] = named.get(key, value)
         return state
 
-    def _empty(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the copy without values."""
-        dtype = _WIDE.get(tensor.dtype, tensor.dtype)
-        if tensor.layout != torch.strided:
-            return tensor.detach().to(dtype, copy=True)
-        device = "cpu" if tensor.is_meta else tensor.device
-        return torch.zeros(tensor.shape, dtype=dtype, device=device)
-
     def permute(self, spec: PermutationSpec, permutation: Permutation) -> None:
         """Hold the permuted start from now on."""
-        self._spec, self._permutation = spec, permutation
-        for key in self._versions:
-            if any(True for axis in spec.axes[key] for _ in groups_of(axis)):
-                self._restore(key)
+        self._permutation = permutation
+        self._axes = {id(tensor): spec.axes[key] for key, tensor in self.tensors.items()}
+        for name in self._held:
+            if any(True for axis in self._axes.get(name, ()) for _ in groups_of(axis)):
+                self._restore(name)
 
-    def _restore(self, key: str) -> None:
-        axes = None if self._spec is None else self._spec.axes[key]
+    def _restore(self, name: int) -> None:
+        number, tensor = self._held[name]
         with torch.no_grad():
-            self._write(self._numbers[key], self.tensors[key], axes)
-        self._versions[key] = self.tensors[key]._version
-        if key in self._starts:
-            self._starts[key] = self.tensors[key].clone()
+            self._write(number, tensor, self._axes.get(name))
+        self._versions[name] = tensor._version
+        self._samples[name] = _sample(tensor)
+        if name in self._starts:
+            self._starts[name] = tensor.clone()
 
     def inputs(self, training: bool) -> Any:
         """Return the inputs of a run: a batch of two or more where training needs it."""
@@ -372,36 +246,84 @@ class Twin:
         """
         self.module.train(training)
         inputs = self.inputs(training) if inputs is None else inputs
+        # What forward keeps on its modules (counters, caches, replaced buffers) is not the model.
+        kept = [
+            (module, dict(vars(module)), dict(module._buffers), dict(module._parameters))
+            for module in self.module.modules()
+        ]
         try:
             with (
-                torch.no_grad(),
+                torch.set_grad_enabled(self.gradients),
                 fixed_chance(self._devices),
                 plain_kernels(),
                 Double(),
                 watch or nullcontext(),
             ):
                 outputs = call(self.module, inputs)
+            return Run(output_tensors(outputs), self._written())
         finally:
-            written = self._take_back()
-        return Run(output_tensors(outputs), written)
+            for module, attributes, buffers, parameters in kept:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for holder, entries in (
+                    (module._buffers, buffers),
+                    (module._parameters, parameters),
+                ):
+                    holder.clear()
+                    holder.update(entries)  # type: ignore[arg-type]
+            for name, (_, tensor) in self._held.items():
+                tensor.grad = None
+                if self._is_written(name):
+                    self._restore(name)
 
-    def _take_back(self) -> dict[str, Tensor]:
-        """Return what a run has written, and undo it."""
+    def _written(self) -> dict[str, Tensor]:
+        """Return what a run has left in the state dict in place of the start."""
         written = {}
-        for key, found in self._state().items():
-            kept = self.tensors[key]
-            if found is not kept:
-                # forward has put another tensor into the buffer's place.
-                written[key] = found
-                path, _, name = key.rpartition(".")
-                self.module.get_submodule(path)._buffers[name] = kept
-            elif key in self._versions and self._is_written(key):
-                written[key] = kept.detach().clone()
-                self._restore(key)
+        found = self._state()
+        if odd := sorted(found.keys() ^ self.tensors.keys()):
+            raise SpecError(
+                f"the keys of the state dict change when the model runs ({odd[:3]}): run it once "
+                "before, or register everything in its constructor"
+            )
+        for key, tensor in found.items():
+            if tensor is not self.tensors[key]:
+                written[key] = tensor  # forward has put another tensor into the buffer's place.
+            elif id(tensor) in self._held and self._is_written(id(tensor)):
+                written[key] = tensor.detach().clone()
         return written
 
-    def _is_written(self, key: str) -> bool:
-        if key in self._starts:
-            start, now = self._starts[key], self.tensors[key]
-            return start.shape != now.shape or not torch.equal(start, now)
-        return self.tensors[key]._version != self._versions[key]
+    def _is_written(self, name: int) -> bool:
+        tensor = self._held[name][1]
+        if name in self._starts:
+            start = self._starts[name]
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                return tensor._version != self._versions[name]
+            return start.shape != tensor.shape or not torch.equal(start, tensor)
+        if tensor._version != self._versions[name]:
+            return True
+        # What is done to `parameter.data` is not counted.
+        return not torch.equal(self._samples[name], _sample(tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has rows that can be written one by one."""
+    strided = tensor.layout == torch.strided and not tensor.is_quantized
+    return strided and tensor.ndim > 0 and tensor.numel() > 0
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Return some values of a tensor."""
+    if not _is_plain(tensor):
+        return torch.zeros(0)
+    rows = tensor.detach()[:: max(1, len(tensor) // 8)].flatten(1 if tensor.ndim > 1 else 0)
+    if tensor.ndim > 1:
+        rows = rows[:, :: max(1, rows.shape[1] // 8)]
+    return rows.clone()
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Return a tensor for the copy, of which only a special one holds values already."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return widened(tensor.detach().clone())  # type: ignore[no-any-return]
+    device = "cpu" if tensor.is_meta else tensor.device
+    return torch.zeros(tensor.shape, dtype=WIDE.get(tensor.dtype, tensor.dtype), device=device)

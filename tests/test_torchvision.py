@@ -10,7 +10,7 @@ from torch import nn
 from fl_rebasin import derive_spec
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
-SIZES = {"inception_v3": 224}
+SIZES = {"inception_v3": 299}
 """The least side of an image that the model takes, where it is not 64."""
 OPTIONS = {name: {"init_weights": False} for name in ("googlenet", "inception_v3")}
 """These two announce that their initial weights will change."""
