@@ -33,6 +33,8 @@ from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
 
 _PART = 1 << 22
 """Values that are moved at a time, so that no tensor is there twice."""
+_FRESH = 0.15
+"""Scale of the noise for gains and biases that are all alike."""
 
 
 class Noise:
@@ -109,6 +111,7 @@ class Twin:
         self.batch = 1
         self.gradients = False
         self._noise = Noise(seed=1)
+        self._scales: dict[int, float] = {}
         self._permutation: Permutation | None = None
         self._originals = dict(enumerate(dict.fromkeys([*model.parameters(), *model.buffers()])))
         memo: dict[int, Any] = {}
@@ -153,8 +156,9 @@ class Twin:
             return value
         if value.itemsize < 4:
             value = value.float()
-        scale = self._scale(number)
-        if scale:
+        if number not in self._scales:
+            self._scales[number] = self._scale(number)
+        if scale := self._scales[number]:
             noise = self._noise.rows(rows, math.prod(tensor.shape[1:]), number)
             noise = noise.reshape(value.shape)
             if not isinstance(self._originals[number], nn.Parameter):
@@ -174,7 +178,7 @@ class Twin:
             # Statistics that have not been estimated yet.
             return 0.0 if spread else 0.3
         fan_in = tensor.numel() / len(tensor)
-        return 0.3 * spread or (0.15 if tensor.ndim == 1 else fan_in**-0.5)
+        return 0.3 * spread or (_FRESH if tensor.ndim == 1 else fan_in**-0.5)
 
     def _write(self, number: int, copied: Tensor, axes: Sequence[Axis] | None = None) -> None:
         """Write a tensor's start, permuted if axes are given, into the copy, part by part."""
@@ -184,6 +188,8 @@ class Twin:
                 copied.zero_()
             elif copied.layout == torch.strided and not copied.is_quantized:
                 copied.copy_(original)
+            if copied.ndim == 0 and isinstance(self._originals[number], nn.Parameter):
+                copied += _FRESH  # A gain of zero would hide what it multiplies.
             return
         moves = {} if axes is None or self._permutation is None else self._permutation.indices
         axes = axes or [Fixed(size) for size in copied.shape]

@@ -293,6 +293,24 @@ def test_a_place_found_by_its_value_pins_only_if_it_is_used() -> None:
     assert places.pinned["first.bias[0]"] == "searched for a place's number"
 
 
+def test_a_branch_behind_a_gain_of_zero_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gated(Module):
+        def __init__(self) -> None:
+            super().__init__(lambda x: x.cumsum(1))
+            self.gain = nn.Parameter(torch.zeros(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs[:, :3] + self.gain * super().forward(inputs)
+
+    def wrong(trace: Any, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        trace.assign(out, trace.axes(args[0]))
+        return True
+
+    monkeypatch.setitem(RULES, "cumsum", wrong)
+    with pytest.warns(UserWarning, match=r"self-check pins the groups \['first'\]"):
+        derive_spec(Gated(), INPUT)
+
+
 def test_two_modes_that_do_the_same_with_other_weights_are_two_functions() -> None:
     # The same operators in the same order: only the tensors differ.
     class Swapped(nn.Module):
