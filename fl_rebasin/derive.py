@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod, groups_of
 from fl_rebasin.fingerprint import fingerprint
 from fl_rebasin.readoff import read_off
-from fl_rebasin.selfcheck import SelfCheck
+from fl_rebasin.runtime import SINGLE
+from fl_rebasin.selfcheck import SINGLE_TOLERANCE, TOLERANCE, SelfCheck
 from fl_rebasin.spec import PermutationSpec, SpecError
 from fl_rebasin.trace import trace
 from fl_rebasin.twin import Twin, check_model
@@ -70,11 +71,24 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
 
 
 def _derive(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
-    twin = Twin(model, example_inputs)
-    traced = trace(twin)
+    tolerance = TOLERANCE
+    try:
+        twin = Twin(model, example_inputs)
+        traced = trace(twin)
+    except SpecError as failure:
+        if not _lacks_double(failure.__cause__):
+            raise
+        tolerance = SINGLE_TOLERANCE
+        warnings.warn(
+            f"the model cannot run in float64 ({failure.__cause__}): it is checked in float32, to "
+            f"a relative error of {tolerance:.0e}",
+            stacklevel=3,
+        )
+        twin = Twin(model, example_inputs, SINGLE)
+        traced = trace(twin)
     spec = read_off(traced.terms, _learnable(twin))
     spec = replace(spec, fingerprint=fingerprint(model))
-    proof = SelfCheck(twin, traced.runs)
+    proof = SelfCheck(twin, traced.runs, tolerance)
     for _ in range(3):
         error, draw = proof.check(spec)
         if draw is None:
@@ -91,6 +105,12 @@ def _derive(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
         )
         spec = without(spec, guilty)
     raise SpecError("the self-check still fails after its guilty groups were pinned")
+
+
+def _lacks_double(error: BaseException | None) -> bool:
+    """Whether an operator says that it is not there in double precision."""
+    words = ("'Double'", "float64", "torch.double")
+    return isinstance(error, (RuntimeError, TypeError)) and any(w in str(error) for w in words)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""How a model is run so that two runs can be compared: in double precision and without chance."""
+"""How a model is run so that two runs can be compared: precisely, and without chance."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,23 +16,33 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fl_rebasin.spec import SpecError
 
-WIDE = {
+Wide: TypeAlias = Mapping[torch.dtype, torch.dtype]
+
+DOUBLE: Wide = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
     torch.float32: torch.float64,
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+"""What each dtype is computed in."""
+SINGLE: Wide = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+"""The same for models with an operator that double precision lacks."""
 
 
-class Double(TorchDispatchMode):
-    """Computes everything in double precision, casts included, and without chance.
+class Precise(TorchDispatchMode):
+    """Computes everything in wide dtypes, casts included, and without chance.
 
     Dropout's masks, drawn place by place, are no function of the units: they become 1 - p.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wide: Wide) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._wide = wide
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -45,24 +55,22 @@ class Double(TorchDispatchMode):
             # The operator leaves its default out of the arguments.
             chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             return args[0].copy_(torch.as_tensor(chance))
-        if kwargs.get("dtype") in WIDE:
-            kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
-        if any(leaf.dtype in WIDE for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)):
-            args, kwargs = tree_map(widened, (args, kwargs))
-        out = func(*args, **kwargs)
-        if any(leaf.dtype in WIDE for leaf in tree_leaves(out) if _is_tensor(leaf)):
-            out = tree_map(widened, out)
-        return out
+        wide = self._wide
+        if kwargs.get("dtype") in wide:
+            kwargs = {**kwargs, "dtype": wide[kwargs["dtype"]]}
+        args, kwargs = self._widened((args, kwargs))
+        return self._widened(func(*args, **kwargs))
+
+    def _widened(self, nest: Any) -> Any:
+        if any(isinstance(leaf, Tensor) and leaf.dtype in self._wide for leaf in tree_leaves(nest)):
+            return tree_map(lambda leaf: widened(leaf, self._wide), nest)
+        return nest
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def widened(leaf: Any) -> Any:
-    """Return a tensor of floats in double precision, everything else as it is."""
-    if isinstance(leaf, Tensor) and leaf.dtype in WIDE:
-        return leaf.to(WIDE[leaf.dtype])
+def widened(leaf: Any, wide: Wide) -> Any:
+    """Return a tensor of floats in a wide dtype, everything else as it is."""
+    if isinstance(leaf, Tensor) and leaf.dtype in wide:
+        return leaf.to(wide[leaf.dtype])
     return leaf
 
 
@@ -106,8 +114,8 @@ def fixed_chance(devices: Iterable[torch.device]) -> Iterator[None]:
             np.random.set_state(state[1])
 
 
-def random_inputs(example_inputs: Any, batch: int) -> Any:
-    """Return inputs of the same structure in double precision.
+def random_inputs(example_inputs: Any, batch: int, wide: Wide) -> Any:
+    """Return inputs of the same structure in wide dtypes.
 
     Floats that are all equal, or not finite, say nothing, and are replaced by random ones; others
     are kept, so that a model which needs positive inputs, say, can be given them.
@@ -115,6 +123,7 @@ def random_inputs(example_inputs: Any, batch: int) -> Any:
     Args:
         example_inputs: a tensor or a nest of tensors and other values.
         batch: least size of the first axis; smaller examples are repeated along it, and differ.
+        wide: what each dtype is computed in.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor) and x.ndim]
@@ -126,19 +135,18 @@ def random_inputs(example_inputs: Any, batch: int) -> Any:
             return leaf
         leaf = leaf.detach().clone()
         if leaf.layout != torch.strided or leaf.is_quantized:
-            return widened(leaf)
+            return widened(leaf, wide)
         repeated = leaf.ndim and leaf.shape[0] == first and repeats > 1
         if repeated:
             leaf = leaf.repeat(repeats, *[1] * (leaf.ndim - 1))
-        if leaf.dtype not in WIDE and not leaf.is_floating_point():
+        if not (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
-        wide = WIDE.get(leaf.dtype, leaf.dtype)
-        drawn = torch.randn(leaf.shape, generator=generator, dtype=wide).to(leaf.device)
+        leaf = widened(leaf, wide)
+        drawn = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
         if not leaf.numel() or bool((leaf == leaf.reshape(-1)[0]).all()):
             return drawn
         if not bool(torch.isfinite(leaf).all()):
             return drawn
-        leaf = leaf.to(wide)
         if repeated:
             leaf[first:] *= 1 + 0.1 * drawn[first:].abs()
         return leaf

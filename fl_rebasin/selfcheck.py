@@ -12,6 +12,8 @@ from fl_rebasin.twin import Run, Twin
 
 TOLERANCE = 1e-9
 """Largest relative error of outputs and buffers in float64."""
+SINGLE_TOLERANCE = 1e-4
+"""The same in float32, for models that cannot run in float64."""
 DRAWS = 2
 
 
@@ -40,10 +42,11 @@ class SelfCheck:
     Args:
         twin: copy of the model.
         runs: what it gave before it was permuted, by mode.
+        tolerance: largest relative error that passes.
     """
 
-    def __init__(self, twin: Twin, runs: Mapping[bool, Run]) -> None:
-        self._twin, self._runs = twin, runs
+    def __init__(self, twin: Twin, runs: Mapping[bool, Run], tolerance: float = TOLERANCE) -> None:
+        self._twin, self._runs, self._tolerance = twin, runs, tolerance
 
     def error(self, spec: PermutationSpec, permutation: Permutation) -> float:
         """Return the largest relative error that a permutation causes; 1 or so where it is wrong.
@@ -71,14 +74,14 @@ class SelfCheck:
 
     def is_repeatable(self, spec: PermutationSpec) -> bool:
         """Return whether the model passes that is not permuted at all."""
-        return self.error(spec, spec.identity()) < TOLERANCE
+        return self.error(spec, spec.identity()) < self._tolerance
 
     def check(self, spec: PermutationSpec) -> tuple[float, Permutation | None]:
         """Try random permutations; return the largest relative error, and the first that fails."""
         worst = 0.0
         for draw in _draws(spec):
             worst = max(worst, self.error(spec, draw))
-            if not worst < TOLERANCE:
+            if not worst < self._tolerance:
                 return worst, draw
         return worst, None
 
@@ -96,10 +99,10 @@ class SelfCheck:
         half = len(names) // 2
         found: list[str] = []
         for some in (names[:half], names[half:]):
-            if not self._error_of(spec, draw, some) < TOLERANCE:
+            if not self._error_of(spec, draw, some) < self._tolerance:
                 found += self._guilty(spec, draw, some)
         rest = [name for name in names if name not in found]
-        if len(found) < len(names) and not self._error_of(spec, draw, rest) < TOLERANCE:
+        if len(found) < len(names) and not self._error_of(spec, draw, rest) < self._tolerance:
             return names
         return found
 

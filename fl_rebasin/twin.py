@@ -1,4 +1,4 @@
-"""A private copy of a model, in double precision, that can be run again and again alike.
+"""A private copy of a model, in wide dtypes, that can be run again and again alike.
 
 Fresh models hold ones and zeros (norms, biases), under which a wrong axis goes unseen: the copy's
 values differ from unit to unit. The model itself is not touched.
@@ -19,8 +19,9 @@ from torch.nn.parameter import is_lazy
 
 from fl_rebasin.axes import Axis, Fixed, Parted, axis_index, groups_of, move_tensor
 from fl_rebasin.runtime import (
-    WIDE,
-    Double,
+    DOUBLE,
+    Precise,
+    Wide,
     call,
     fixed_chance,
     in_one_line,
@@ -95,6 +96,7 @@ class Twin:
         model: any module; not changed.
         example_inputs: a tensor, a tuple or a mapping that it runs on; floats that are all equal
             are replaced by random ones, everything else is kept.
+        wide: what each dtype is computed in.
 
     Attributes:
         module: the copy.
@@ -106,7 +108,8 @@ class Twin:
         SpecError: the model holds tensors that cannot be averaged, or cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, wide: Wide = DOUBLE) -> None:
+        self._wide = wide
         self.example_inputs = example_inputs
         self.batch = 1
         self.gradients = False
@@ -118,9 +121,9 @@ class Twin:
         for module in model.modules():
             for value in vars(module).values():
                 if isinstance(value, Tensor):  # Such as the older weight_norm's, not a leaf.
-                    memo[id(value)] = widened(value.detach().clone())
+                    memo[id(value)] = widened(value.detach().clone(), wide)
         for number, tensor in self._originals.items():
-            copied = _empty_like(tensor)
+            copied = _empty_like(tensor, wide)
             self._write(number, copied)
             if isinstance(tensor, nn.Parameter):
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
@@ -146,7 +149,7 @@ class Twin:
         self._devices = {tensor.device for tensor in self.tensors.values()}
 
     def _lively(self, number: int, rows: Tensor) -> Tensor:
-        """Return some rows of a parameter's or buffer's value, not yet in double precision."""
+        """Return some rows of a parameter's or buffer's value, not yet in a wide dtype."""
         tensor = self._originals[number].detach()
         if tensor.is_meta:
             value = torch.zeros(len(rows), *tensor.shape[1:], dtype=tensor.dtype)
@@ -240,7 +243,7 @@ class Twin:
 
     def inputs(self, training: bool) -> Any:
         """Return the inputs of a run: a batch of two or more where training needs it."""
-        return random_inputs(self.example_inputs, batch=self.batch if training else 1)
+        return random_inputs(self.example_inputs, self.batch if training else 1, self._wide)
 
     def run(self, training: bool, inputs: Any = None, watch: Any = None) -> Run:
         """Run the copy from its start.
@@ -262,7 +265,7 @@ class Twin:
                 torch.set_grad_enabled(self.gradients),
                 fixed_chance(self._devices),
                 plain_kernels(),
-                Double(),
+                Precise(self._wide),
                 watch or nullcontext(),
             ):
                 outputs = call(self.module, inputs)
@@ -327,9 +330,9 @@ def _sample(tensor: Tensor) -> Tensor:
     return rows.clone()
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
+def _empty_like(tensor: Tensor, wide: Wide) -> Tensor:
     """Return a tensor for the copy, of which only a special one holds values already."""
     if tensor.layout != torch.strided or tensor.is_quantized:
-        return widened(tensor.detach().clone())  # type: ignore[no-any-return]
+        return widened(tensor.detach().clone(), wide)  # type: ignore[no-any-return]
     device = "cpu" if tensor.is_meta else tensor.device
-    return torch.zeros(tensor.shape, dtype=WIDE.get(tensor.dtype, tensor.dtype), device=device)
+    return torch.zeros(tensor.shape, dtype=wide.get(tensor.dtype, tensor.dtype), device=device)

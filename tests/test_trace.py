@@ -311,6 +311,40 @@ def test_a_branch_behind_a_gain_of_zero_is_checked(monkeypatch: pytest.MonkeyPat
         derive_spec(Gated(), INPUT)
 
 
+def test_a_model_without_double_precision_is_checked_in_single() -> None:
+    class Single(Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            if inputs.dtype == torch.float64:
+                raise RuntimeError("\"fused\" not implemented for 'Double'")
+            return super().forward(inputs)
+
+    with pytest.warns(UserWarning, match="cannot run in float64.*relative error of 1e-04"):
+        spec = derive_spec(Single(torch.relu), INPUT)
+    assert spec.groups == {"first": 6}
+
+
+def test_only_the_guilty_group_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(trace: Any, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        trace.assign(out, trace.axes(args[0]))
+        return True
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(9))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            for number, layer in enumerate(self.layers):
+                inputs = torch.tanh(layer(inputs))
+                inputs = inputs.cumsum(1) if number in (2, 5) else inputs
+            return inputs
+
+    monkeypatch.setitem(RULES, "cumsum", wrong)
+    with pytest.warns(UserWarning, match=r"pins the groups \['layers.2', 'layers.5'\]"):
+        spec = derive_spec(Deep(), torch.zeros(2, 5))
+    assert list(spec.groups) == [f"layers.{number}" for number in (0, 1, 3, 4, 6, 7)]
+
+
 def test_two_modes_that_do_the_same_with_other_weights_are_two_functions() -> None:
     # The same operators in the same order: only the tensors differ.
     class Swapped(nn.Module):
