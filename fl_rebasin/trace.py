@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -96,7 +97,7 @@ class Tracer(TorchDispatchMode):
         """Pin every axis of every tensor in a nest of them."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
-                self._use(tensor)
+                self.use(tensor)
                 for term in self.axes(tensor):
                     pin(term, reason)
 
@@ -112,7 +113,8 @@ class Tracer(TorchDispatchMode):
         """Whether a tensor belongs to the model and not to its state or its inputs."""
         return self._record(tensor).constant
 
-    def _use(self, tensor: Tensor, by_view: bool = False) -> None:
+    def use(self, tensor: Tensor, by_view: bool = False) -> None:
+        """Take note that the values of a tensor, or a view's, are used."""
         record = self._record(tensor)
         for term, reason in record.telling:
             pin(term, reason)
@@ -133,8 +135,9 @@ class Tracer(TorchDispatchMode):
         # A view's shape can change in place; the axes are those from before the call.
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._use(tensor, by_view=func.is_view)
-        rule = RULES.get(func.overloadpacket.__name__)
+                self.use(tensor, by_view=func.is_view)
+        # A result that is written into a view of another tensor is not followed.
+        rule = None if "out" in kwargs else RULES.get(func.overloadpacket.__name__)
         if rule is None and _is_pointwise(func):
             rule = pointwise
         if rule is None and _is_composite(func):
@@ -162,6 +165,21 @@ class Tracer(TorchDispatchMode):
         if isinstance(leaf, Tensor):
             return self._record(leaf).number, tuple(leaf.shape)
         return str(leaf)
+
+
+class _Reads(TorchFunctionMode):
+    """Tells a tracer of values that are read without an operator."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self._tracer.use(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _layout(argument: Any) -> Any:
@@ -256,8 +274,10 @@ def trace(twin: Twin) -> Trace:
             if isinstance(tensor, nn.Parameter):
                 unused.append(key)
         elif not isinstance(tensor, nn.Parameter) and id(tensor) not in written:
-            for term in known[id(tensor)][1]:
-                pin(term, "a buffer that no run updates: a constant of the model")
+            for dim, term in enumerate(known[id(tensor)][1]):
+                # Where all slices are equal nothing happens to it when they change places.
+                if not _is_uniform(tensor, dim):
+                    pin(term, "a buffer that no run updates: a constant of the model")
         for leaf in {leaf for term in known[id(tensor)][1] for leaf in leaves(term)} - used:
             pin(leaf, "not used in the forward pass")
     if unused:
@@ -267,6 +287,13 @@ def trace(twin: Twin) -> Trace:
             stacklevel=4,
         )
     return Trace({key: known[id(tensor)][1] for key, tensor in twin.tensors.items()}, runs)
+
+
+def _is_uniform(tensor: Tensor, dim: int) -> bool:
+    """Whether all slices of a tensor along an axis are equal."""
+    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
+        return False
+    return torch.equal(tensor, tensor.narrow(dim, 0, 1).expand_as(tensor))
 
 
 def _traced(
@@ -280,7 +307,8 @@ def _traced(
         for tensor in tree_leaves(inputs):
             if isinstance(tensor, Tensor):
                 tracer.assign(tensor, [Unknown(n, "model input") for n in tensor.shape])
-        return tracer, twin.run(training, inputs, tracer)
+        with _Reads(tracer):
+            return tracer, twin.run(training, inputs, tracer)
 
     while True:
         try:

@@ -345,6 +345,94 @@ def test_only_the_guilty_group_is_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(spec.groups) == [f"layers.{number}" for number in (0, 1, 3, 4, 6, 7)]
 
 
+class Bare(nn.Module):
+    """A parameter that goes through one operator, and is summed up: all its axes could be free."""
+
+    def __init__(self, shape: tuple[int, ...], body: Any) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(shape, generator=generator))
+        self.body = body
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.sum() + torch.tanh(self.body(self.table)).sum()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda t: nn.functional.glu(t[:, : t.shape[1] // 2 * 2], 1),
+        lambda t: nn.functional.group_norm(t[:, : t.shape[1] // 2 * 2], t.shape[1] // 2),
+        lambda t: nn.functional.layer_norm(t, t.shape[-1:]),
+        lambda t: nn.functional.instance_norm(t),
+        lambda t: t.softmax(1),
+        lambda t: t.sort(1)[0],
+        lambda t: t @ t.mT,
+        lambda t: torch.einsum("abc,adc->bd", t, t),
+        lambda t: nn.functional.scaled_dot_product_attention(t, t, t),
+        lambda t: t.cumsum(0),
+    ],
+    ids=range(10),
+)
+def test_no_rule_lets_an_axis_vary_along_one_that_is_mixed(
+    body: Any, order: tuple[int, ...]
+) -> None:
+    # The axes of a parameter may vary along those before it: the most that a rule can get wrong.
+    # A rule that is too generous makes the self-check warn, which is an error here.
+    derive_spec(Bare((4, 6, 5), lambda table: body(table.permute(order))), torch.ones(2, 3))
+
+
+def test_a_convolution_mixes_its_channels() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mixed = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 6, 1)
+            self.table = nn.Parameter(torch.randn(6, 4, 5))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.stem(inputs)
+            hidden = self.mixed(hidden) + hidden
+            gains = torch.tanh(self.mixed(self.table.transpose(0, 1))).sum((0, 2))
+            return hidden.mean((0, 2)).sum() + (gains * hidden.mean((0, 2))).sum()
+
+    assert 6 in derive_spec(Residual(), torch.zeros(2, 3, 7)).groups.values()
+
+
+@pytest.mark.parametrize("read", [Tensor.tolist, lambda x: x.numpy(), lambda x: int(x.item())])
+def test_a_number_that_is_read_without_an_operator_counts_as_used(read: Any) -> None:
+    def between(hidden: Tensor) -> Tensor:
+        return torch.relu(hidden) + float(read(hidden.mean(0).argmax()))
+
+    spec = derive_spec(Module(between), INPUT)
+    assert spec.groups == {}
+    assert spec.pinned["first.weight[0]"] == "searched for a place's number"
+
+
+def test_padding_by_a_negative_amount_cuts() -> None:
+    shifted = nn.Sequential(
+        nn.Linear(4, 6), nn.ZeroPad2d((0, 0, 1, -1)), nn.ReLU(), nn.Linear(6, 3)
+    )
+    assert derive_spec(shifted, torch.zeros(2, 5, 4)).groups == {"0": 6}
+    cut = nn.Sequential(nn.Linear(4, 6), nn.ConstantPad1d((-2, 1), 0.5), nn.Linear(5, 3))
+    assert sorted(derive_spec(cut, INPUT).groups.values()) == [2, 4]  # two go nowhere
+
+
+def test_a_constant_that_is_the_same_for_all_units_lets_them_move() -> None:
+    class Splines(Module):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.register_buffer("grid", torch.linspace(-1, 1, 4).expand(6, 4).clone())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = torch.tanh(self.first(inputs))[..., None] - self.grid
+            return self.second((hidden**2).sum(-1))
+
+    spec = derive_spec(Splines(), INPUT)
+    assert spec.groups == {"first": 6}
+    assert "grid[1]" in spec.pinned
+
+
 def test_two_modes_that_do_the_same_with_other_weights_are_two_functions() -> None:
     # The same operators in the same order: only the tensors differ.
     class Swapped(nn.Module):

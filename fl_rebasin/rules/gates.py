@@ -8,17 +8,16 @@ from torch import Tensor
 
 from fl_rebasin.rules.pointwise import pointwise
 from fl_rebasin.rules.protocol import Rule, Trace
-from fl_rebasin.unify import cut, unify_places
+from fl_rebasin.rules.shapes import piece
+from fl_rebasin.unify import unify_places
 
 
 def glu(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """One half of an axis gates the other, place by place."""
     axes = list(trace.axes(args[0]))
     dim = (args[1] if len(args) > 1 else -1) % len(axes)
-    halves = cut(axes[dim], out.shape[dim])
-    if halves is None:
-        return False
-    left, right = ([*axes[:dim], half, *axes[dim + 1 :]] for half in halves)
+    size = out.shape[dim]
+    left, right = (piece(axes, dim, start, size) for start in (0, size))
     unify_places(left, right)
     trace.assign(out, left)
     return True

@@ -42,7 +42,10 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         pin(position, "position in an image")
     result: Term
     if groups == 1:
-        contracted, result = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
+        inner = 0 if transposed else 1
+        contracted, result = weight[inner], weight[1 - inner]
+        mix(image, [1])
+        mix(weight, [inner])
         unify(image[1], contracted)
     else:
         # Block g of the input meets only block g of the weight: blocks move together, and in each
@@ -50,6 +53,7 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         inputs, outer = factor(image[1], groups), factor(weight[0], groups)
         if inputs is None or outer is None:
             return False
+        mix([image[0], inputs[1], *image[2:]], [1])
         unify(inputs[0], outer[0])
         unify(inputs[1], outer[1] if transposed else weight[1], along=inputs[:1])
         result = product([inputs[0], weight[1]]) if transposed else weight[0]

@@ -45,6 +45,8 @@ def group_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> boo
     """Groups move as blocks, and within each group its channels."""
     axes, groups = trace.axes(args[0]), args[6]
     channels = axes[1]
+    mix(axes, [1])
+    mix(axes, range(2, len(axes)))
     if factor(channels, groups) is None:
         return False
     for tensor in args[1:3]:

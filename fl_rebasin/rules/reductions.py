@@ -21,6 +21,7 @@ def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         trace.assign(out, axes)
         return True
     gone = {dim % len(axes) for dim in dims} if dims else set(range(len(axes)))
+    mix(axes, gone)
     kept = [term for dim, term in enumerate(axes) if dim not in gone]
     held = [UNIT if dim in gone else term for dim, term in enumerate(axes)]
     for result in tree_leaves(out):

@@ -186,13 +186,14 @@ def unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor
 
 
 def pad(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Padding with a constant joins places that are all alike to both ends."""
+    """Padding with a constant joins places that are all alike to both ends, or cuts them off."""
     axes = list(trace.axes(args[0]))
     for place, (before, after) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
         dim = len(axes) - 1 - place
-        if before < 0 or after < 0:
-            return False
-        axes[dim] = join([Unknown(before), axes[dim], Unknown(after)])
+        kept = axes[dim].size + min(before, 0) + min(after, 0)
+        axes = piece(axes, dim, max(-before, 0), kept)
+        ends = Unknown(max(before, 0)), Unknown(max(after, 0))
+        axes[dim] = join([ends[0], axes[dim], ends[1]])
     trace.assign(out, axes)
     return True
 
