@@ -159,7 +159,7 @@ def test_ctrl_c_ends_soon_and_leaves_no_process(tmp_path: Path) -> None:
     assert any("raylet" in child.name() for child in started)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors.decode()
     assert errors.decode().splitlines()[-1] == "interrupted: no results were written"
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive

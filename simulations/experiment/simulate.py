@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,8 @@ from experiment.comparison import compare
 from experiment.data import Dataset
 from experiment.progress import progress_bars
 from experiment.settings import Settings
+
+RAY_DAEMONS = ("raylet", "gcs_server")
 
 
 def simulate(
@@ -78,12 +80,14 @@ def _ending_at_once_on_ctrl_c(folder: Path) -> Iterator[None]:
 
     def end(signum: int, frame: FrameType | None) -> None:
         children = psutil.Process().children(recursive=True)
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(children, timeout=5)
+        # Ray ends this process, with a code of its own, soon after its daemons are gone.
+        daemons = [child for child in children if _name(child) in RAY_DAEMONS]
+        workers = [child for child in children if child not in daemons]
+        _kill(workers)
+        psutil.wait_procs(workers, timeout=5)
         shutil.rmtree(folder, ignore_errors=True)
         os.write(2, b"\ninterrupted: no results were written\n")
+        _kill(daemons)
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, end)
@@ -91,6 +95,19 @@ def _ending_at_once_on_ctrl_c(folder: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _log_to(path: Path) -> None:
