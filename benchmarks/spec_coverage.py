@@ -3,6 +3,7 @@
     python benchmarks/spec_coverage.py [NAMES ...] [--out DIR]
 
 Every classification model of torchvision at its own input size, unmodified, and some of torch.nn.
+With NAMES only these are measured; the other rows of an earlier table stay.
 Columns: groups, freedom (share of the parameters with a free axis), seconds of `derive_spec`,
 peak memory over that of the model, the largest relative error of an independent check (a random
 permutation in float64, by `load_state_dict` on a plain copy), and why axes are pinned, other than
@@ -195,7 +196,9 @@ def main() -> int:
         print(f"error: no model named {unknown[0]!r}; known are {everything}", file=sys.stderr)
         return 2
     names = options.names or everything
-    rows, failed = [], []
+    stored = options.out / "spec_coverage.json"
+    kept = json.loads(stored.read_text()) if options.names and stored.exists() else []
+    rows, failed = [row for row in kept if row["model"] not in names], []
     for number, name in enumerate(names, start=1):
         done = subprocess.run(
             [sys.executable, __file__, "--measure", name], capture_output=True, text=True
@@ -211,6 +214,7 @@ def main() -> int:
             f"{row['seconds']:.1f} s, error {row['error']:.0e}",
             flush=True,
         )
+    rows.sort(key=lambda row: everything.index(row["model"]))
     free = sum(row["freedom"] >= 0.95 for row in rows)
     summary = (
         f"{len(rows)} models, {free} with at least 95 % of the parameters free, "
@@ -226,7 +230,7 @@ def main() -> int:
     ])  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "spec_coverage.md").write_text(text)
-    (options.out / "spec_coverage.json").write_text(json.dumps(rows, indent=1) + "\n")
+    stored.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{summary}\n{options.out / 'spec_coverage.md'}")
     return 1 if failed else 0
 
