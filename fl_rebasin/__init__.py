@@ -6,13 +6,17 @@ here too; they are imported on first use, so that the core works without Flower.
 
 from typing import TYPE_CHECKING, Any
 
+from fl_rebasin.activations import match_activations
 from fl_rebasin.batchnorm import recalibrate_batchnorm
 from fl_rebasin.derive import derive_spec
+from fl_rebasin.heads import class_aware_head
+from fl_rebasin.least_squares import fit_least_squares
 from fl_rebasin.matching import Match, match_weights
 from fl_rebasin.merging import Merge, interpolate, merge_many
 from fl_rebasin.metrics import Barrier, barrier
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
 from fl_rebasin.stored import spec_from_json, spec_to_json
+from fl_rebasin.straight_through import match_straight_through
 
 if TYPE_CHECKING:
     from fl_rebasin.flower import ReBasinStrategy
@@ -26,8 +30,12 @@ __all__ = [
     "ReBasinStrategy",
     "SpecError",
     "barrier",
+    "class_aware_head",
     "derive_spec",
+    "fit_least_squares",
     "interpolate",
+    "match_activations",
+    "match_straight_through",
     "match_weights",
     "merge_many",
     "recalibrate_batchnorm",

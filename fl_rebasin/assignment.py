@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -37,3 +39,27 @@ def assign(similarity: Tensor) -> Tensor:
     if gain <= 1e-12 * scale:
         return torch.arange(len(matrix))
     return torch.from_numpy(columns)
+
+
+def assign_blocks(gain: Tensor, within: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the permutation of blocks, and of the units within them, that maximises the sum.
+
+    What a pair of blocks gains depends on how the units within are paired, which is best found
+    for each pair of blocks by itself.
+
+    Args:
+        gain: shape `(n, n)`; what putting block `j` at place `i` gains besides its units.
+        within: for each group of units within the blocks shape `(n, n, m, m)`; entry
+            `[i, j, k, l]` is the gain of putting unit `l` of block `j` at place `k` of place `i`.
+
+    Returns:
+        int64 tensor of shape `(n,)`, the block for each place, and for each group within shape
+        `(n, m)`: row `i` is the order within the block that comes to place `i`.
+    """
+    orders = {}
+    for name, each in within.items():
+        orders[name] = torch.stack([torch.stack([assign(pair) for pair in row]) for row in each])
+        gain = gain + each.gather(3, orders[name][..., None].to(each.device)).sum((2, 3))
+    index = assign(gain)
+    places = torch.arange(len(index))
+    return index, {name: order[places, index] for name, order in orders.items()}

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fl_rebasin.spec import like
+
+MIN_VARIANCE = 1e-12
+"""A unit that varies less than this is constant."""
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -38,14 +43,14 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @contextmanager
-def _training_statistics(model: nn.Module) -> Iterator[None]:
-    """Only the BatchNorm layers in training mode; modes, buffers and momenta as before after."""
+def _observing(model: nn.Module, frozen: bool) -> Iterator[None]:
+    """In evaluation mode, BatchNorm layers in training mode unless frozen; as before afterwards."""
     layers = batchnorm_layers(model)
     modes = {name: module.training for name, module in model.named_modules()}
     buffers = {name: copy.deepcopy(dict(layer.named_buffers())) for name, layer in layers.items()}
     model.eval()
     for layer in layers.values():
-        layer.train()
+        layer.train(not frozen)
     try:
         yield
     finally:
@@ -56,7 +61,9 @@ def _training_statistics(model: nn.Module) -> Iterator[None]:
                 layer.get_buffer(key).copy_(value)
 
 
-def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, LayerStatistics]:
+def batchnorm_statistics(
+    model: nn.Module, batches: Iterable[Any], *, frozen: bool = False
+) -> dict[str, LayerStatistics]:
     """Return what each BatchNorm layer of a model sees on some batches.
 
     Each batch is normalised by its own statistics, as in training; one pass, no gradients, and
@@ -66,6 +73,7 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
     Args:
         model: the model, on the device of the batches.
         batches: inputs, or tuples and lists whose first item is the input.
+        frozen: normalise by the running statistics instead, as in evaluation.
 
     Raises:
         ValueError: there is no batch, or a batch gives a non-finite activation.
@@ -75,6 +83,8 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
 
     def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         values = args[0].detach().transpose(0, 1).flatten(1).double()
+        if not values.numel():
+            return
         count, mean = values.shape[1], values.mean(1)
         squares = (values - mean[:, None]).square().sum(1)
         if layer in sums:
@@ -87,7 +97,7 @@ def batchnorm_statistics(model: nn.Module, batches: Iterable[Any]) -> dict[str, 
 
     hooks = [layer.register_forward_hook(record) for layer in set(layers.values())]
     try:
-        with torch.no_grad(), _training_statistics(model):
+        with torch.no_grad(), _observing(model, frozen):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                 try:
@@ -152,6 +162,42 @@ def with_statistics(
             old = state_dict[prefix + key]
             new[prefix + key] = value.to(old.device, old.dtype)
     return new
+
+
+def recentred(model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    """Return a state dict of the same function whose BatchNorm layers have other statistics.
+
+    Scale and shift take up the difference, so that training can go on from it: there the layers
+    normalise by their batches, which the new statistics describe.
+
+    Args:
+        model: the model; not changed.
+        statistics: what its layers see in evaluation mode; layers without stay as they are, and
+            so do units that never vary.
+    """
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    new = dict(state)
+    for name, norm in batchnorm_layers(model).items():
+        if name not in statistics or not norm.affine:
+            continue
+        prefix = f"{name}." if name else ""
+        old = {
+            key: state[prefix + key] for key in ("weight", "bias", "running_mean", "running_var")
+        }
+        seen = statistics[name]
+        unbiased = seen.variance * (seen.count / max(seen.count - 1, 1))
+        mean, variance = seen.mean.to(old["weight"].device), unbiased.to(old["weight"].device)
+        scale = old["weight"].double() / (old["running_var"].double() + norm.eps).sqrt()
+        values = {
+            "weight": scale * (variance + norm.eps).sqrt(),
+            "bias": old["bias"].double() + scale * (mean - old["running_mean"].double()),
+            "running_mean": mean,
+            "running_var": variance,
+        }
+        for key, value in values.items():
+            kept = torch.where(variance > MIN_VARIANCE, value, old[key].double())
+            new[prefix + key] = kept.to(old[key].dtype)
+    return like(model.state_dict(), new)
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:

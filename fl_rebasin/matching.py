@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_rebasin.assignment import assign
+from fl_rebasin.assignment import assign, assign_blocks
 from fl_rebasin.axes import Axis, Cat, Group, Parted, Prod, cut_axis, groups_of
 from fl_rebasin.spec import Permutation, PermutationSpec, SpecError, StateDict
 
@@ -98,6 +98,7 @@ class Matcher:
         spec: spec of both models.
         target: learnable tensors that stay, float64.
         weights: learnable tensors to be permuted, float64.
+        start: permutation to begin with; by default nothing moves.
 
     Attributes:
         weights: what the permutation found so far makes of the start.
@@ -105,13 +106,23 @@ class Matcher:
     """
 
     def __init__(
-        self, spec: PermutationSpec, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+        self,
+        spec: PermutationSpec,
+        target: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        start: Permutation | None = None,
     ) -> None:
         self.spec = spec
         self.target = target
-        self.weights = dict(weights)
+        self._still = dict(spec.identity().indices)
         self.permutation = spec.identity()
-        self._still = dict(self.permutation.indices)
+        self.weights = dict(weights)
+        if start is not None:
+            self.permutation = Permutation(
+                {name: start[name].expand_as(still) for name, still in self._still.items()},
+                spec.within,
+            )
+            self.weights = {key: spec.move(key, weights[key], start) for key in weights}
         # Units within blocks are matched together with their blocks.
         self._inside: dict[str, list[str]] = {name: [] for name in spec.groups}
         for name, blocks in spec.within.items():
@@ -171,8 +182,6 @@ class Matcher:
         inside = self._inside[group]
         if not inside:
             return {group: assign(self.similarity(group, keys))}
-        # What a pair of blocks gains depends on how the units within are paired, which is best
-        # found for each pair of blocks.
         count = self.spec.groups[group]
         gain = self._zeros(group, (count, count))
         within = {
@@ -196,16 +205,8 @@ class Matcher:
                     )
                     gram = (one @ other.T).reshape(count, size, count, size)
                     within[name] += gram.transpose(1, 2)
-        orders = {}
-        for name, each in within.items():
-            orders[name] = torch.stack(
-                [torch.stack([assign(pair) for pair in row]) for row in each]
-            )
-            gain += each.gather(3, orders[name][..., None].to(each.device)).sum((2, 3))
-        index = assign(gain)
-        return {group: index} | {
-            name: order[torch.arange(count), index] for name, order in orders.items()
-        }
+        index, orders = assign_blocks(gain, within)
+        return {group: index} | orders
 
     def _objective(self, group: str, weights: Mapping[str, Tensor]) -> float:
         """Return the part of the objective that a group's tensors make up."""
@@ -232,16 +233,16 @@ class Matcher:
         self.permutation = full.compose(self.permutation)
         return True
 
-    def start_canonical(self) -> None:
-        """Match every group once, each only by tensors whose other groups are settled.
+    def start_canonical(self, groups: Iterable[str] | None = None) -> None:
+        """Match groups (all by default) once, each only by tensors whose other groups are settled.
 
         The result does not depend on the order that the moving model's units came in: what the
         other tensors say depends on an order that means nothing yet. The group about which the
         settled tensors say most goes first.
         """
-        within = self.spec.within
-        waiting = {key: {*groups} - within.keys() for key, groups in self._groups.items()}
-        names = [name for name in self._keys if name not in within]
+        unsettled = list(self._keys if groups is None else groups)
+        names = [name for name in unsettled if name not in self.spec.within]
+        waiting = {key: {*names} & found.keys() for key, found in self._groups.items()}
         total = dict.fromkeys(names, 1)
         known = dict.fromkeys(names, 0)
         usable: dict[str, list[str]] = {name: [] for name in names}
@@ -253,25 +254,25 @@ class Matcher:
                 known[last] += self.target[key].numel()
                 usable[last].append(key)
 
-        for key, groups in waiting.items():
-            for name in groups:
+        for key, left in waiting.items():
+            for name in left:
                 total[name] += self.target[key].numel()
-            if len(groups) == 1:
+            if len(left) == 1:
                 offer(key)
-        unsettled = list(names)
-        while unsettled:
-            best = max(unsettled, key=lambda name: known[name] / total[name])
-            unsettled.remove(best)
+        while names:
+            best = max(names, key=lambda name: known[name] / total[name])
+            names.remove(best)
             self.step(best, usable[best])
             for key in self._keys[best]:
                 waiting[key].remove(best)
                 if len(waiting[key]) == 1:
                     offer(key)
 
-    def descend(self) -> int:
-        """Sweep over the groups until none moves; return the number of sweeps."""
+    def descend(self, groups: Iterable[str] | None = None) -> int:
+        """Sweep over the groups (all by default) until none moves; return the sweeps."""
+        names = list(self.spec.groups if groups is None else groups)
         for sweep in range(1, MAX_SWEEPS + 1):
-            moved = [self.step(group) for group in self.spec.groups]
+            moved = [self.step(group) for group in names]
             if not any(moved):
                 return sweep
         return MAX_SWEEPS
@@ -288,24 +289,34 @@ class Matcher:
 
 
 def best_match(
-    spec: PermutationSpec, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    spec: PermutationSpec,
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    start: Permutation | None = None,
+    groups: Sequence[str] | None = None,
 ) -> tuple[Matcher, int]:
     """Match from two starts, keep the higher objective; return it with the number of sweeps.
 
     One start is the order that the model came in: right for models that share a history. The
-    other is `start_canonical`, right for models that do not. A tie keeps the first.
+    other is `start_canonical`, right for models that do not. A tie keeps the first. Only `groups`
+    move (all by default); the others are where `start` puts them.
     """
-    kept = Matcher(spec, target, weights)
-    sweeps = kept.descend()
-    fresh = Matcher(spec, target, weights)
-    fresh.start_canonical()
-    sweeps += fresh.descend()
+    kept = Matcher(spec, target, weights, start)
+    sweeps = kept.descend(groups)
+    fresh = Matcher(spec, target, weights, start)
+    fresh.start_canonical(groups)
+    sweeps += fresh.descend(groups)
     if fresh.objective > kept.objective + kept.slack:
         return fresh, sweeps
     return kept, sweeps
 
 
-def match_weights(spec: PermutationSpec, reference: StateDict, other: StateDict) -> Match:
+def match_weights(
+    spec: PermutationSpec,
+    reference: StateDict,
+    other: StateDict,
+    start: Permutation | None = None,
+) -> Match:
     """Find the permutation of `other` that brings its weights closest to `reference`.
 
     Maximises the inner product of the learnable parameters by coordinate descent, one linear
@@ -315,9 +326,11 @@ def match_weights(spec: PermutationSpec, reference: StateDict, other: StateDict)
         spec: spec of both models.
         reference: state dict that stays.
         other: state dict to be permuted; neither is changed.
+        start: permutation of `other` to descend from, for example what `match_activations`
+            found; by default the order that it came in and a fresh one are both tried.
 
     Raises:
-        SpecError: a state dict does not fit the spec, or holds NaN or infinite weights.
+        SpecError: a state dict or `start` does not fit the spec, or weights are not finite.
 
     Source: Git Re-Basin, Algorithm 1.
 
@@ -334,7 +347,12 @@ def match_weights(spec: PermutationSpec, reference: StateDict, other: StateDict)
     check_finite(spec, reference, "reference")
     check_finite(spec, other, "other")
     target, weights = weights_of(spec, reference), weights_of(spec, other)
-    matcher, sweeps = best_match(spec, target, weights)
+    if start is None:
+        matcher, sweeps = best_match(spec, target, weights)
+    else:
+        spec.check_permutation(start)
+        matcher = Matcher(spec, target, weights, start)
+        sweeps = matcher.descend()
     return Match(
         permutation=matcher.permutation,
         similarity=cosine(target, matcher.weights),

@@ -118,7 +118,7 @@ def _match_to_heaviest(
     models: list[dict[str, Tensor]], spec: PermutationSpec, shares: Sequence[float]
 ) -> _Alignment:
     """Match every model to the heaviest one."""
-    reference = _by_weight(shares)[-1]
+    reference = heaviest(shares)
     result = _Alignment(list(models), [spec.identity() for _ in models], 0)
     for place, model in enumerate(models):
         if place != reference:
@@ -159,15 +159,20 @@ def align_many(
     state_dicts: Sequence[StateDict],
     weights: Sequence[float] | None = None,
     gauge: StateDict | None = None,
+    start: Sequence[Permutation] | None = None,
 ) -> tuple[tuple[Permutation, ...], int]:
     """Find permutations that bring N models together; return them and the sweeps needed.
 
-    The same as `merge_many` without the average: for callers that average otherwise.
+    The same as `merge_many` without the average: for callers that average otherwise. With `start`
+    the joint descent runs from there only.
     """
-    shares = normalised(weights, len(state_dicts))
-    for place, state_dict in enumerate(state_dicts):
-        check_finite(spec, state_dict, f"model {place}")
-    models = [weights_of(spec, state_dict) for state_dict in state_dicts]
+    shares, models = _checked(spec, state_dicts, weights)
+    if start is not None:
+        given = [
+            Matcher(spec, model, model, each) for model, each in zip(models, start, strict=True)
+        ]
+        placed = _Alignment([m.weights for m in given], [m.permutation for m in given], 0)
+        return _in_unit_order(spec, models, shares, _descend_jointly(placed, spec, shares), gauge)
     best = _descend_jointly(_Alignment(models, [spec.identity() for _ in models], 0), spec, shares)
     # Descent from the models as they came stays stuck when some are aligned among themselves:
     # once more, with everybody first matched to the heaviest model. A tie changes nothing.
@@ -175,9 +180,60 @@ def align_many(
     norms = sum(share**2 * inner(model, model) for share, model in zip(shares, models, strict=True))
     if matched.objective(shares) > best.objective(shares) + RELATIVE_TOLERANCE * norms:
         best, matched = matched, best
-    sweeps = best.sweeps + matched.sweeps
-    home = best.permutations[_by_weight(shares)[-1]].invert()
-    permutations = [home.compose(permutation) for permutation in best.permutations]
+    best.sweeps += matched.sweeps
+    return _in_unit_order(spec, models, shares, best, gauge)
+
+
+def align_to_heaviest(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    gauge: StateDict | None = None,
+) -> tuple[tuple[Permutation, ...], int]:
+    """Match each of N models to the heaviest one; return the permutations and the sweeps."""
+    shares, models = _checked(spec, state_dicts, weights)
+    return _in_unit_order(spec, models, shares, _match_to_heaviest(models, spec, shares), gauge)
+
+
+def heaviest(weights: Sequence[float]) -> int:
+    """Return the place of the heaviest model; of equal ones the first."""
+    return _by_weight(weights)[-1]
+
+
+def into_gauge(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None,
+    permutations: Sequence[Permutation],
+    gauge: StateDict,
+) -> tuple[Permutation, ...]:
+    """Return the permutations followed by one for all, which brings their mean to a gauge."""
+    shares, models = _checked(spec, state_dicts, weights)
+    found = _Alignment([], list(permutations), 0)
+    return _in_unit_order(spec, models, shares, found, gauge)[0]
+
+
+def _checked(
+    spec: PermutationSpec, state_dicts: Sequence[StateDict], weights: Sequence[float] | None
+) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """Return shares that sum to 1 and the learnable tensors of each model."""
+    shares = normalised(weights, len(state_dicts))
+    for place, state_dict in enumerate(state_dicts):
+        check_finite(spec, state_dict, f"model {place}")
+    return shares, [weights_of(spec, state_dict) for state_dict in state_dicts]
+
+
+def _in_unit_order(
+    spec: PermutationSpec,
+    models: Sequence[Mapping[str, Tensor]],
+    shares: Sequence[float],
+    found: _Alignment,
+    gauge: StateDict | None,
+) -> tuple[tuple[Permutation, ...], int]:
+    """Move all models alike, so that the heaviest stays or their mean lies closest to the gauge."""
+    home = found.permutations[heaviest(shares)].invert()
+    permutations = [home.compose(permutation) for permutation in found.permutations]
+    sweeps = found.sweeps
     if gauge is not None:
         check_finite(spec, gauge, "gauge")
         moved = [

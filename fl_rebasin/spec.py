@@ -186,7 +186,7 @@ class PermutationSpec:
             ['0.bias', '0.weight', '2.bias', '2.weight']
         """
         self.check(state_dict)
-        self._check_permutation(permutation)
+        self.check_permutation(permutation)
         return like(
             state_dict, {key: self.move(key, state_dict[key], permutation) for key in state_dict}
         )
@@ -198,7 +198,8 @@ class PermutationSpec:
         """
         return move_tensor(tensor, self.axes[key], permutation.indices)
 
-    def _check_permutation(self, permutation: Permutation) -> None:
+    def check_permutation(self, permutation: Permutation) -> None:
+        """Raise `SpecError` unless a permutation is one of every group of this spec."""
         if odd := sorted(permutation.indices.keys() ^ self.groups.keys()):
             raise SpecError(f"permutation and spec differ in the groups {odd[:3]}")
         for name, shape in self._shapes():

@@ -8,22 +8,15 @@ taken out, ensembles, and one model on all the data.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
-# Before Flower and Ray are imported, which read them: no report home, and no threads of their own.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
+import experiment.quiet  # noqa: F401
+from experiment.cli import Parser, check_seeds, check_writable, main
 from experiment.data import DATASET_CHOICES, Dataset, load_dataset
 from experiment.errors import UserError
+from experiment.methods import METHODS, chosen_methods
 from experiment.models import DEFAULT_WIDTHS
 from experiment.presets import DEFAULT_NORMS, LEARNING_RATES, PRESETS
 from experiment.report import (
@@ -35,20 +28,11 @@ from experiment.report import (
     write_json,
 )
 from experiment.seeding import client_indices, shared_model
-from experiment.server import FederationError
 from experiment.settings import Settings
 from experiment.simulate import simulate
 from rich.console import Console
 
 TABLE_WIDTH = 132
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong option in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2; `--help` has the rest."""
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -130,6 +114,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="at most N training images a client (default: 0, all)",
     )
     add(
+        "--methods",
+        nargs="+",
+        metavar="M",
+        help="rows of the table beside naive averaging and rebasin: "
+        f"{', '.join(METHODS)} (default: all)",
+    )
+    add(
         "--no-oracle",
         dest="oracle",
         action="store_false",
@@ -148,22 +139,7 @@ def check_numbers(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} is too small: give at least {least}")
-    if negative := [seed for seed in options.seeds if seed < 0]:
-        raise UserError(f"--seeds {negative[0]} is negative: give seeds of 0 and more")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise UserError(f"--seeds {options.seeds} repeats a seed: give each once")
-
-
-def check_writable(out: Path) -> None:
-    """Make the output folder, or raise `UserError`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror}): give another folder"
-        ) from error
+    check_seeds(options.seeds)
 
 
 def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
@@ -193,8 +169,10 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
         init=options.init,
         rounds=options.rounds,
         seeds=tuple(options.seeds),
+        images=0,
         limit=options.limit,
         oracle=options.oracle,
+        methods=chosen_methods(options.methods),
         **vars(preset),
     )
     for seed in settings.seeds:
@@ -243,20 +221,5 @@ def run(argv: list[str]) -> None:
     console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
 
 
-def main() -> None:
-    """Run as a program: exit code 2 and one line for a wrong input, 130 for Ctrl-C."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FederationError as error:
-        print(f"error: {error}; Flower's log is in the --out folder", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    main(run)

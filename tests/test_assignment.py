@@ -1,13 +1,13 @@
 """Assignment against brute force."""
 
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_rebasin.assignment import assign
+from fl_rebasin.assignment import assign, assign_blocks
 
 
 @settings(deadline=None)
@@ -35,3 +35,60 @@ def test_a_diverged_model_is_named(value: float) -> None:
 def test_a_matrix_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match=r"square, it has shape \(2, 3\)"):
         assign(torch.zeros(2, 3))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.sampled_from([(1, (2,)), (2, (3,)), (3, (2,)), (2, (2, 3)), (3, (2, 1)), (3, ())]),
+    seed=st.integers(0, 10**6),
+)
+def test_no_permutation_of_blocks_and_of_the_units_within_is_better(
+    sizes: tuple[int, tuple[int, ...]], seed: int
+) -> None:
+    count, units = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    gain = draw(count, count)
+    within = {str(place): draw(count, count, size, size) for place, size in enumerate(units)}
+    given_gain, given_within = gain.clone(), {k: v.clone() for k, v in within.items()}
+    blocks, orders = assign_blocks(gain, within)
+
+    def value(blocks: list[int], orders: dict[str, list[list[int]]]) -> float:
+        total = sum(float(gain[place, block]) for place, block in enumerate(blocks))
+        for name, rows in orders.items():
+            for place, block in enumerate(blocks):
+                pair = within[name][place, block]
+                total += sum(float(pair[k, unit]) for k, unit in enumerate(rows[place]))
+        return total
+
+    best = max(
+        value(list(order), dict(zip(within, map(list, rows), strict=True)))
+        for order in permutations(range(count))
+        for rows in product(*(product(permutations(range(size)), repeat=count) for size in units))
+    )
+    found = value(blocks.tolist(), {name: order.tolist() for name, order in orders.items()})
+    assert found == pytest.approx(best)
+    assert {name: tuple(order.shape) for name, order in orders.items()} == {
+        str(place): (count, size) for place, size in enumerate(units)
+    }
+    # What is given stays.
+    assert torch.equal(gain, given_gain)
+    assert all(torch.equal(within[name], given_within[name]) for name in within)
+
+
+def test_equal_blocks_stay_where_they_are() -> None:
+    blocks, orders = assign_blocks(torch.ones(3, 3), {"units": torch.ones(3, 3, 2, 2)})
+    assert blocks.tolist() == [0, 1, 2]
+    assert orders["units"].tolist() == [[0, 1]] * 3
+
+
+def test_units_decide_about_their_blocks() -> None:
+    """Block 1 fits place 0 only with its units turned round."""
+    within = torch.zeros(2, 2, 2, 2)
+    within[0, 1] = within[1, 0] = torch.tensor([[0.0, 3.0], [3.0, 0.0]])
+    blocks, orders = assign_blocks(2 * torch.eye(2), {"units": within})
+    assert blocks.tolist() == [1, 0]
+    assert orders["units"].tolist() == [[1, 0], [1, 0]]

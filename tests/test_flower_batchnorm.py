@@ -6,18 +6,17 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from federation import Answer, Federation, dropped, failing, prepare, tensors
 from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
@@ -25,7 +24,6 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from flwr.supercore.task_identity import TaskIdentity
 from helpers import State, assert_same, lively, random_state, state_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -47,59 +45,11 @@ NETS = {
 }
 NET = NETS["conv-batchnorm-flatten"]
 STATISTICS = ("running_mean", "running_var")
-QUERY = "query.rebasin_batchnorm"
-
-Answer = Callable[[Message, Context], Message]
 
 
 @pytest.fixture(autouse=True)
-def task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages can be made: they carry the identity of the task that makes them."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-@pytest.fixture(autouse=True)
-def log_level(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="flwr")
-
-
-@dataclass
-class Federation:
-    """ClientApps by node, and the messages that they were sent; a node of None never answers."""
-
-    apps: dict[int, Answer | None]
-    contexts: dict[int, Context] = field(default_factory=dict)
-    sent: list[Message] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for node_id in self.apps:
-            self.contexts[node_id] = Context(1, node_id, {}, RecordDict(), {})
-        self.grid = Mock(spec=Grid)
-        self.grid.get_node_ids.return_value = list(self.apps)
-        self.grid.send_and_receive.side_effect = self.deliver
-
-    def deliver(self, messages: Iterable[Message], *, timeout: float | None) -> list[Message]:
-        replies = []
-        for message in messages:
-            self.sent.append(message)
-            node_id = message.metadata.dst_node_id
-            app = self.apps[node_id]
-            if app is None:
-                continue
-            try:
-                replies.append(app(copy.deepcopy(message), self.contexts[node_id]))
-            except Exception as error:
-                replies.append(Message(Error(code=2, reason=str(error)), reply_to=message))
-        return replies
-
-    def asked(self, message_type: str = QUERY) -> list[int]:
-        """Nodes that got a message of a type."""
-        return sorted(
-            message.metadata.dst_node_id
-            for message in self.sent
-            if message.metadata.message_type == message_type
-        )
+def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(monkeypatch, caplog)
 
 
 def data(entry: Entry, sizes: Sequence[int], seed: int) -> list[Tensor]:
@@ -181,10 +131,6 @@ def assert_statistics(arrays: ArrayRecord, model: nn.Module, batches: Iterable[T
     assert_same(tensors(arrays), expected, rtol=tolerance, atol=tolerance)
 
 
-def tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
-    return dict(arrays.to_torch_state_dict())
-
-
 # Exact pooling
 
 
@@ -203,7 +149,9 @@ def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
         assert changed == (key in statistics_keys(model)), key
     assert arrays == before
     assert metrics["batchnorm-clients"] == 3
-    assert set(metrics) == {"batchnorm-clients", "batchnorm-seconds"}
+    assert set(metrics) == {"batchnorm-clients", "batchnorm-seconds", "batchnorm-bytes"}
+    assert metrics["batchnorm-bytes"] == world.bytes_of("batchnorm") > 0
+    assert metrics["batchnorm-seconds"] > 0
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -241,7 +189,7 @@ def test_only_the_nodes_named_are_asked_and_the_timeout_is_kept() -> None:
     world = federation(NET, client_data(NET))
     arrays = ArrayRecord(state_of(model))
     result, _ = recalibrate_on_clients(world.grid, [1, 3], NET.build(), arrays, timeout=17)
-    assert world.asked() == [1, 3]
+    assert world.asked("batchnorm") == [1, 3]
     assert world.grid.send_and_receive.call_args.kwargs == {"timeout": 17}
     batches = client_data(NET)
     assert_statistics(result, model, [*batches[0], *batches[2]])
@@ -269,10 +217,6 @@ def tampered(key: str, values: object) -> Answer:
     return answer_with(change)
 
 
-def failing(message: Message, context: Context) -> Message:
-    raise OSError("disk is full\nand more")
-
-
 def without(key: str) -> Answer:
     return answer_with(lambda content: content.array_records["statistics"].pop(key))
 
@@ -282,6 +226,11 @@ def with_garbage(content: RecordDict) -> None:
     content.array_records["statistics"]["2.mean"] = Array(
         dtype=old.dtype, shape=old.shape, stype=old.stype, data=b"garbage"
     )
+
+
+def renamed(content: RecordDict) -> ArrayRecord:
+    record = content.array_records["statistics"]
+    return ArrayRecord({f"other.{key}": array for key, array in record.items()})
 
 
 GOOD_MEAN, GOOD_VARIANCE = np.zeros(6), np.ones(6)
@@ -314,6 +263,10 @@ BAD: dict[str, tuple[Answer, str]] = {
     "no-count": (without("6.count"), r"6\.count"),
     "no-mean": (without("6.mean"), r"6\.mean"),
     "no-variance": (without("6.variance"), r"6\.variance"),
+    "other-layers": (
+        answer_with(lambda content: content.update(statistics=renamed(content))),
+        "it holds statistics of no layer",
+    ),
     "no-record": (answer_with(lambda content: content.pop("statistics")), "statistics"),
     "garbage": (answer_with(with_garbage), "allow_pickle"),
 }
@@ -331,7 +284,6 @@ def test_bad_answer_is_dropped_and_the_rest_pooled(
     assert "dropped" not in caplog.text
 
     good.apps[77] = app
-    good.contexts[77] = Context(1, 77, {}, RecordDict(), {})
     nodes = [1, 2]
     nodes.insert(place, 77)
     result, metrics = recalibrate_on_clients(good.grid, nodes, NET.build(), arrays)
@@ -384,6 +336,24 @@ def test_layer_that_inference_never_runs_keeps_its_statistics() -> None:
     assert_statistics(result, model, [batch])
 
 
+def test_layer_that_one_client_lacks_is_pooled_from_the_rest() -> None:
+    def without_the_last(content: RecordDict) -> None:
+        for key in ("count", "mean", "variance"):
+            content.array_records["statistics"].pop(f"6.{key}")
+        content.array_records["statistics"]["9.mean"] = Array(np.full(5, np.nan))
+
+    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    world = federation(NET, client_data(NET))
+    everybody, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
+    others, _ = recalibrate_on_clients(world.grid, [1, 2], NET.build(), arrays)
+    world.apps[3] = answer_with(without_the_last)
+    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
+    assert metrics["batchnorm-clients"] == 3
+    for key in STATISTICS:
+        assert result[f"2.{key}"] == everybody[f"2.{key}"] != others[f"2.{key}"]
+        assert result[f"6.{key}"] == others[f"6.{key}"] != everybody[f"6.{key}"]
+
+
 def as_mock(reply: Message) -> Message:
     mock = Mock(spec=Message)
     mock.metadata.src_node_id = reply.metadata.src_node_id
@@ -416,9 +386,10 @@ def test_without_good_answers_the_arrays_stay(
     assert result == before
     assert metrics["batchnorm-clients"] == 0
     assert f"pooled from 0 of {len(apps)} clients" in caplog.text
+    assert len(dropped(caplog)) == len(apps)
 
 
-def test_a_silent_node_is_not_waited_for() -> None:
+def test_a_silent_node_is_not_waited_for_but_named(caplog: pytest.LogCaptureFixture) -> None:
     model, batches = lively(NET, 0), client_data(NET)
     world = federation(NET, batches)
     world.apps[2] = None
@@ -426,6 +397,7 @@ def test_a_silent_node_is_not_waited_for() -> None:
     result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
     assert metrics["batchnorm-clients"] == 2
     assert_statistics(result, model, [*batches[0], *batches[2]])
+    assert dropped(caplog) == ["BatchNorm statistics of node 2 dropped: no answer"]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +425,7 @@ def test_answering_changes_nothing_of_a_client_but_its_weights() -> None:
     app = ClientApp()
     add_batchnorm_handler(app, lambda context: (own, batches))
     world = Federation({1: app})
+    world.contexts[1] = Context(1, 1, {}, RecordDict(), {})
     world.contexts[1].state["counter"] = MetricRecord({"round": 4})
     context_before = copy.deepcopy(world.contexts[1])
     arrays = ArrayRecord(state_of(lively(NET, 0)))
@@ -524,9 +497,11 @@ def test_recalibration_wraps_fedavg_from_start_to_end() -> None:
             result[key].double(), value.double(), rtol=1e-4, atol=1e-4, msg=key
         )
     # Each round asks each client once.
-    assert world.asked() == world.asked("train") == [1, 1, 2, 2, 3, 3]
+    assert world.asked("batchnorm") == world.asked("train") == [1, 1, 2, 2, 3, 3]
     for metrics in outcome.train_metrics_clientapp.values():
-        assert set(metrics) == {"loss", "batchnorm-clients", "batchnorm-seconds"}
+        assert set(metrics) == {
+            "loss", "batchnorm-clients", "batchnorm-seconds", "batchnorm-bytes"
+        }  # fmt: skip
         assert metrics["batchnorm-clients"] == 3
         assert metrics["loss"] == pytest.approx(0.25)
 
@@ -546,7 +521,7 @@ def test_aligning_strategy_recalibrates_from_start_to_end() -> None:
     world = trained_federation(permuted_copies(shared))
     outcome = rebasin().start(world.grid, ArrayRecord(shared), num_rounds=2)
     assert_statistics(outcome.arrays, model, joint_data())
-    assert world.asked() == world.asked("train") == [1, 1, 2, 2, 3, 3]
+    assert world.asked("batchnorm") == world.asked("train") == [1, 1, 2, 2, 3, 3]
     for metrics in outcome.train_metrics_clientapp.values():
         assert metrics["batchnorm-clients"] == 3
         assert metrics["rebasin-similarity-after"] == pytest.approx(1)
@@ -583,7 +558,7 @@ def test_aligning_strategy_asks_only_clients_whose_models_were_used() -> None:
     world = trained_federation(copies)
     outcome = rebasin().start(world.grid, ArrayRecord(shared), num_rounds=1)
     assert world.asked("train") == [1, 2, 3]
-    assert world.asked() == [1, 3]
+    assert world.asked("batchnorm") == [1, 3]
     batches = client_data(NET, torch.float32)
     assert_statistics(outcome.arrays, model, [*batches[0], *batches[2]])
 
@@ -598,7 +573,7 @@ def test_round_without_a_result_sends_no_query(wrap: Callable[[Strategy], Strate
     messages = strategy.configure_train(1, initial, ConfigRecord(), world.grid)
     replies = world.grid.send_and_receive(messages, timeout=1)
     assert strategy.aggregate_train(1, replies) == (None, None)
-    assert world.asked() == []
+    assert world.asked("batchnorm") == []
     assert world.asked("train") == [1, 2, 3]
 
 

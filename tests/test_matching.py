@@ -10,7 +10,7 @@ from zoo import ZOO, Entry
 
 from fl_rebasin import Permutation, PermutationSpec, SpecError, derive_spec, match_weights
 from fl_rebasin.axes import groups_of
-from fl_rebasin.matching import Matcher, inner, weights_of
+from fl_rebasin.matching import Matcher, best_match, inner, weights_of
 
 MODELS = pytest.mark.parametrize("name", ZOO)
 
@@ -205,3 +205,86 @@ def test_the_canonical_start_does_not_depend_on_the_order_of_units(name: str) ->
         found.append(matcher.weights)
     for other in found[1:]:
         assert_same(found[0], other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list(ZOO)[::8])
+def test_a_start_is_gone_on_from(name: str) -> None:
+    """From the answer nothing moves; from elsewhere the objective does not fall."""
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    planted = spec.random(torch.Generator().manual_seed(0))
+    moved = spec.apply(planted, state)
+    match = match_weights(spec, state, moved, planted.invert())
+    assert match.permutation == planted.invert()
+    assert match.sweeps == 1
+    assert match.similarity == pytest.approx(1)
+    other = random_state(ZOO[name], seed=2)
+    target = weights_of(spec, state)
+
+    def objective(permutation: Permutation) -> float:
+        return inner(target, weights_of(spec, spec.apply(permutation, other)))
+
+    start = spec.random(torch.Generator().manual_seed(1))
+    match = match_weights(spec, state, other, start)
+    found = objective(match.permutation)
+    scale = (inner(target, target) * inner(*[weights_of(spec, other)] * 2)) ** 0.5
+    assert found >= objective(start) - 1e-9 * scale
+    assert match.similarity == pytest.approx(found / scale)
+    assert match.similarity_before == pytest.approx(objective(spec.identity()) / scale)
+    # Nothing is left to gain, so that the result as a start is the result.
+    assert match_weights(spec, state, other, match.permutation).permutation == match.permutation
+
+
+def test_only_the_start_is_tried() -> None:
+    """Two descents end in different places; without a start the better one of two is taken."""
+    entry = ZOO["mlp"]
+    spec, left, right = spec_of(entry), random_state(entry, 1), random_state(entry, 2)
+    ends = [
+        match_weights(spec, left, right, spec.random(torch.Generator().manual_seed(seed)))
+        for seed in range(6)
+    ]
+    best = match_weights(spec, left, right)
+    assert len({round(end.similarity, 6) for end in ends}) > 1
+    assert best.similarity > min(end.similarity for end in ends)
+
+
+def test_a_start_may_give_one_order_for_the_units_of_all_blocks() -> None:
+    entry = ZOO["attention-separate"]
+    spec, state = spec_of(entry), random_state(entry, 1)
+    still = spec.identity()
+    start = Permutation(
+        {name: index[0] if name in spec.within else index for name, index in still.indices.items()}
+    )
+    match = match_weights(spec, state, state, start)
+    assert match.permutation == still
+    assert match.permutation.within == spec.within
+
+
+def test_a_start_of_another_spec_is_named() -> None:
+    entry = ZOO["mlp"]
+    spec, state = spec_of(entry), random_state(entry, 1)
+    still = dict(spec.identity().indices)
+    name = next(iter(still))
+    with pytest.raises(SpecError, match="differ in the groups"):
+        match_weights(spec, state, state, Permutation({name: still[name]}))
+    with pytest.raises(SpecError, match=f"{name}: not a permutation of 7 units"):
+        match_weights(spec, state, state, Permutation({**still, name: torch.zeros(7).long()}))
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "residual-batchnorm", "encoder-two-layers", "unet"])
+def test_groups_that_are_not_asked_for_stay_where_the_start_puts_them(name: str) -> None:
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    planted = spec.random(torch.Generator().manual_seed(0))
+    target, moved = (weights_of(spec, s) for s in (state, spec.apply(planted, state)))
+    answer, elsewhere = planted.invert(), spec.random(torch.Generator().manual_seed(1))
+    for asked in spec.groups:
+        if asked in spec.within:
+            continue
+        groups = [asked, *(unit for unit, blocks in spec.within.items() if blocks == asked)]
+        start = Permutation(
+            {**answer.indices, **{each: elsewhere[each] for each in groups}}, spec.within
+        )
+        matcher, _ = best_match(spec, target, moved, start, groups)
+        assert matcher.permutation == answer  # Given the others, one group is found for sure.
+        rest = [each for each in spec.groups if each not in groups]
+        matcher, _ = best_match(spec, target, moved, elsewhere, groups)
+        assert all(torch.equal(matcher.permutation[each], elsewhere[each]) for each in rest)

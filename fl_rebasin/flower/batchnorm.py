@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from logging import INFO, WARNING
-from typing import Any
+import copy
+from collections.abc import Iterable, Sequence
+from logging import INFO
 
 import numpy as np
 import torch
@@ -29,18 +28,17 @@ from fl_rebasin.batchnorm import (
     batchnorm_layers,
     batchnorm_statistics,
     pool_statistics,
+    recentred,
     with_statistics,
 )
+from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
 from fl_rebasin.flower.wrapper import WrappedStrategy
 
-ACTION = "rebasin_batchnorm"
-MESSAGE_TYPE = f"query.{ACTION}"
+QUESTION = Question("batchnorm", "BatchNorm statistics", "add_batchnorm_handler")
 MAX_COUNT = 10**15
 """More values a channel than any client can have seen: a reply above it is dropped."""
 MAX_MEAN, MAX_VARIANCE = 1e18, 1e36
 """Larger statistics could overflow when they are pooled into float32 buffers."""
-
-LoadFn = Callable[[Context], tuple[nn.Module, Iterable[Any]]]
 
 
 def add_batchnorm_handler(app: ClientApp, load: LoadFn) -> None:
@@ -57,27 +55,26 @@ def add_batchnorm_handler(app: ClientApp, load: LoadFn) -> None:
         >>> add_batchnorm_handler(app, lambda context: (nn.BatchNorm1d(2), [torch.rand(8, 2)]))
     """
 
-    @app.query(ACTION)
+    @app.query(QUESTION.action)
     def statistics(message: Message, context: Context) -> Message:
         model, batches = load(context)
-        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        loaded(model, message.content.array_records["arrays"])
+        frozen = bool(message.content.config_records["config"].get("frozen", False))
         arrays = ArrayRecord()
-        for name, layer in batchnorm_statistics(model, batches).items():
+        for name, layer in batchnorm_statistics(model, batches, frozen=frozen).items():
             arrays[f"{name}.count"] = Array(np.array([layer.count], dtype=np.int64))
             arrays[f"{name}.mean"] = Array(layer.mean.numpy())
             arrays[f"{name}.variance"] = Array(layer.variance.numpy())
         return Message(RecordDict({"statistics": arrays}), reply_to=message)
 
 
-def _read(reply: Message, channels: dict[str, int]) -> dict[str, LayerStatistics]:
+def _read(content: RecordDict, channels: dict[str, int]) -> dict[str, LayerStatistics]:
     """Return a reply's statistics.
 
     Raises:
-        ValueError: the reply is an error, or not what was asked for.
+        ValueError: they are not what was asked for.
     """
-    if reply.has_error():
-        raise ValueError(reply.error.reason)
-    record = reply.content.array_records["statistics"]
+    record = content.array_records["statistics"]
     statistics = {}
     for name, size in channels.items():
         if not record.keys() & {f"{name}.count", f"{name}.mean", f"{name}.variance"}:
@@ -111,7 +108,9 @@ def recalibrate_on_clients(
     node_ids: Sequence[int],
     model: nn.Module,
     arrays: ArrayRecord,
-    timeout: float = 3600,
+    timeout: float = TIMEOUT,
+    *,
+    frozen: bool = False,
 ) -> tuple[ArrayRecord, dict[str, float | int]]:
     """Ask clients for BatchNorm statistics of a model and pool the answers exactly.
 
@@ -121,41 +120,32 @@ def recalibrate_on_clients(
         model: a module of the architecture, any weights; one without BatchNorm costs no message.
         arrays: the model's state dict.
         timeout: seconds to wait for the answers.
+        frozen: do not change the function: take the statistics in evaluation mode, and let scale
+            and shift take up the difference.
 
     Returns:
         The arrays with new running statistics (unchanged if nobody answered well), and metrics:
-        `batchnorm-clients` (answers pooled), `batchnorm-seconds`.
+        `batchnorm-clients` (answers pooled), `batchnorm-seconds`, `batchnorm-bytes`.
     """
     channels = {name: layer.num_features for name, layer in batchnorm_layers(model).items()}
     if not channels:
         return arrays, {}
-    started = time.perf_counter()
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord()})
-    messages = [
-        Message(content=content, message_type=MESSAGE_TYPE, dst_node_id=node_id)
-        for node_id in node_ids
-    ]
-    good = []
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        try:
-            good.append(_read(reply, channels))
-        except Exception as error:  # A client may send anything; none of it may end the run.
-            log(
-                WARNING,
-                "BatchNorm statistics of node %s dropped: %s (a ClientApp answers this query "
-                "after fl_rebasin.flower.add_batchnorm_handler(app, ...))",
-                reply.metadata.src_node_id,
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
-            )
-    metrics = {
-        "batchnorm-clients": len(good),
-        "batchnorm-seconds": time.perf_counter() - started,
-    }
-    log(INFO, "BatchNorm statistics pooled from %s of %s clients", len(good), len(messages))
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"frozen": frozen})})
+    answers = ask(
+        grid, QUESTION, dict.fromkeys(node_ids, content), lambda reply: _read(reply, channels),
+        timeout,
+    )  # fmt: skip
+    good = list(answers.by_node.values())
+    log(INFO, "BatchNorm statistics pooled from %s of %s clients", len(good), len(node_ids))
     if not good:
-        return arrays, metrics
-    state_dict = with_statistics(arrays.to_torch_state_dict(), pool_statistics(good))
-    return ArrayRecord(state_dict), metrics
+        return arrays, answers.metrics
+    pooled = pool_statistics(good)
+    if frozen:
+        found = recentred(loaded(copy.deepcopy(model), arrays), pooled)
+        state_dict = {key: found[key] for key in arrays}
+    else:
+        state_dict = with_statistics(arrays.to_torch_state_dict(), pooled)
+    return ArrayRecord(state_dict), answers.metrics
 
 
 class BatchNormRecalibration(WrappedStrategy):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
@@ -19,24 +17,39 @@ from torch import Tensor, nn
 
 from fl_rebasin.derive import ExampleInputs, derive_spec
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
+from fl_rebasin.flower.guard import choose_on_clients
+from fl_rebasin.flower.least_squares import fit_on_clients
+from fl_rebasin.flower.matching import match_on_clients
+from fl_rebasin.flower.queries import reason
+from fl_rebasin.flower.validation import (
+    ClientModel,
+    alike,
+    like_global,
+    read_label_counts,
+    read_reply,
+    with_arrays,
+)
 from fl_rebasin.flower.wrapper import WrappedStrategy
-from fl_rebasin.matching import check_finite
-from fl_rebasin.merging import align_many, average, mean_similarity, normalised
-from fl_rebasin.spec import PermutationSpec
+from fl_rebasin.heads import check_counts, class_aware_head, last_layer, without_label_prior
+from fl_rebasin.least_squares import MAX_FEATURES, plan
+from fl_rebasin.matching import check_finite, match_weights
+from fl_rebasin.merging import (
+    align_many,
+    align_to_heaviest,
+    average,
+    heaviest,
+    into_gauge,
+    mean_similarity,
+    normalised,
+)
+from fl_rebasin.spec import Permutation, PermutationSpec
 
-MAX_EXAMPLES = 1e15
-"""More training examples than any client can have: a reply above it is dropped."""
+Matching: TypeAlias = Literal[
+    "none", "weights", "activations", "activations-then-weights", "straight-through"
+]
+LeastSquares: TypeAlias = Literal["none", "layerwise", "one-pass", "rescaling"]
 
-
-@dataclass(frozen=True)
-class _ClientModel:
-    """A reply that fits: its message, its model and its weight."""
-
-    reply: Message
-    record_name: str
-    record: ArrayRecord
-    state_dict: dict[str, Tensor]
-    weight: float
+Metrics: TypeAlias = dict[str, float | int]
 
 
 class ReBasinStrategy(WrappedStrategy):
@@ -46,26 +59,53 @@ class ReBasinStrategy(WrappedStrategy):
     as weights, then to the unit order of the global model) and handed on, in the global model's
     key order, to the wrapped strategy. The wrapped strategy does everything else.
 
+    What else can be switched on asks the round's clients, who have the data; they answer after
+    `add_rebasin_handlers`. Where no unit moves, nobody is asked about alignment.
+
+    Least squares and class-aware heads go by the clients' own models: clipping, noise or a median
+    of the wrapped strategy does not cover what they add.
+
     Args:
         strategy: any Flower strategy; `FedAvg()` by default.
         model: a module of the federation's architecture, any weights; not changed.
         example_inputs: inputs that `model` runs on; only shapes and dtypes matter.
+        matching: `"weights"`, on the server; `"activations"`: each client matches its model to
+            that of the client with the most examples, by correlated activations on its own data;
+            `"activations-then-weights"`: and MergeMany goes on from there; `"straight-through"`:
+            each client learns the permutation by the merged model's loss; `"none"`: no alignment,
+            for the sake of what follows.
+        least_squares: fit the layers of the merged model to what the clients' own models compute:
+            `"layerwise"` (a message a layer), `"one-pass"` (RegMean, one message) or
+            `"rescaling"` (only mean and deviation of each unit: REPAIR).
+        max_features: inputs of a unit up to which a layer is fitted by least squares; the units of
+            larger layers are rescaled.
         recalibrate_batchnorm: re-estimate the BatchNorm statistics of the merged model on the
-            round's clients, which answer after `add_batchnorm_handler`. A model without BatchNorm
-            skips it.
+            round's clients. A model without BatchNorm skips it; so does one fitted by least
+            squares, which has the statistics that fit it.
+        label_counts: name of a metric of the replies that lists the client's training examples of
+            each class. The rows of the last layer are averaged by these counts, and its bias is
+            corrected for the label prior; with least squares, what the clients' own models compute
+            is corrected instead.
+        guard: form several models (naive; aligned; aligned to the client with the most examples;
+            each with least squares and class-aware heads where these are on), let the round's
+            clients evaluate them on held-back data, and keep the best by the example-weighted
+            loss. The wrapped strategy aggregates once for each; it keeps the state of the one
+            that is chosen.
 
     Attributes:
         spec: the permutation spec of the model.
 
     Raises:
         SpecError: no spec can be derived from model and inputs.
+        ValueError: an unknown option, or options that exclude each other.
 
     Aggregated training metrics gain `rebasin-similarity-before`, `rebasin-similarity-after`
     (weighted mean cosine of the clients' models to their mean), `rebasin-units-moved`,
-    `rebasin-sweeps`, `rebasin-seconds`, and with BatchNorm `batchnorm-clients` and
-    `batchnorm-seconds`.
+    `rebasin-sweeps`, `rebasin-seconds`; and for what the clients are asked, `X-clients`,
+    `X-seconds` and `X-bytes`, X being `matching`, `least-squares`, `batchnorm` or `guard`;
+    `guard-loss-NAME` is the held-back loss of each candidate.
 
-    Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithm 3.
+    Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithms 1 to 3.
 
     Example:
         >>> import torch
@@ -81,22 +121,45 @@ class ReBasinStrategy(WrappedStrategy):
         *,
         model: nn.Module,
         example_inputs: ExampleInputs,
+        matching: Matching = "weights",
+        least_squares: LeastSquares = "none",
+        max_features: int = MAX_FEATURES,
         recalibrate_batchnorm: bool = True,
+        label_counts: str | None = None,
+        guard: bool = False,
     ) -> None:
         super().__init__(strategy)
+        for name, value, known in (
+            ("matching", matching, get_args(Matching)),
+            ("least_squares", least_squares, get_args(LeastSquares)),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
         self.model = model
+        self.matching = matching
+        self.least_squares = least_squares
         self.recalibrate_batchnorm = recalibrate_batchnorm
+        self.label_counts = label_counts
+        self.guard = guard
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
+        limit = 0 if least_squares == "rescaling" else max_features
+        self._steps = plan(model, example_inputs, limit) if least_squares != "none" else []
+        self._head = last_layer(model, example_inputs) if label_counts is not None else None
+        if guard:
+            try:
+                copy.deepcopy(self.strategy)
+            except Exception as error:
+                raise ValueError(
+                    "the guard needs a wrapped strategy that can be copied, "
+                    f"{type(self.strategy).__name__} cannot: {error}"
+                ) from error
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
 
     @property
     def weighted_by_key(self) -> str:
         """Name of the metric that weighs a reply: that of the innermost wrapped strategy."""
-        strategy: object = self.strategy
-        while isinstance(getattr(strategy, "strategy", None), Strategy):
-            strategy = strategy.strategy  # type: ignore[attr-defined]
-        return str(getattr(strategy, "weighted_by_key", "num-examples"))
+        return str(getattr(_levels(self.strategy)[-1], "weighted_by_key", "num-examples"))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -115,119 +178,250 @@ class ReBasinStrategy(WrappedStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Align the replies, aggregate them with the wrapped strategy, re-estimate BatchNorm.
+        """Align the replies, aggregate them with the wrapped strategy, fit what is switched on.
 
         Replies that do not fit the global model are dropped, with a line in the log.
         """
         if self._arrays is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        clients: list[_ClientModel] = []
-        handed_on: list[Message] = []
+        clients: list[ClientModel] = []
+        failed: list[Message] = []
         for reply in replies:
             if reply.has_error():
-                handed_on.append(reply)
+                failed.append(reply)
                 continue
             try:
-                clients.append(self._read(reply))
+                clients.append(read_reply(reply, self.spec, self._arrays, self.weighted_by_key))
             except Exception as error:  # A client may send anything; none of it may end the run.
                 log(
                     WARNING,
-                    "reply of node %s dropped: %s",
-                    reply.metadata.src_node_id,
-                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
                 )
-        own: dict[str, float | int] = {}
-        clients = _alike(clients)
-        if clients:
-            aligned, own = self._align(clients)
-            handed_on += aligned
-        arrays, metrics = super().aggregate_train(server_round, handed_on)
-        if arrays is None:
-            return arrays, metrics
-        arrays = _like(arrays, self._arrays)
-        if self.recalibrate_batchnorm and self._grid is not None:
-            nodes = [client.reply.metadata.src_node_id for client in clients]
-            arrays, batchnorm = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
-            own |= batchnorm
+        clients = alike(clients)
+        if not clients:
+            arrays, metrics = super().aggregate_train(server_round, failed)
+            return arrays if arrays is None else like_global(arrays, self._arrays), metrics
+        orders, own = self._align(clients)
+        candidates = {"aligned": orders}
+        if self.guard and not _still(orders):
+            candidates |= self._alternatives(clients, orders)
+        results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
+        for name, order in candidates.items():
+            # Each candidate is aggregated by a strategy of its own, which may have a memory.
+            trial = self.strategy if len(candidates) == 1 else self._copied()
+            replies = [
+                _moved(client, permutation, self.spec, self._arrays)
+                for client, permutation in zip(clients, order, strict=True)
+            ]
+            arrays, metrics = trial.aggregate_train(server_round, [*failed, *replies])
+            if arrays is None:
+                continue
+            arrays = like_global(arrays, self._arrays)
+            for variant, made in self._variants(clients, order, arrays, own).items():
+                results[name + variant] = made, metrics, trial
+        if not results:
+            self._adopt(trial)
+            return None, metrics
+        best = next(iter(results))
+        if len(results) > 1 and self._grid is not None:
+            models = {name: arrays for name, (arrays, _, _) in results.items()}
+            nodes = [client.node for client in clients]
+            best, judged = choose_on_clients(self._grid, nodes, models)
+            own |= judged
+        arrays, metrics, chosen = results[best]
+        self._adopt(chosen)
         return arrays, MetricRecord({**(metrics or {}), **own})
 
-    def _read(self, reply: Message) -> _ClientModel:
-        """Return model and weight of a reply.
+    def _copied(self) -> Strategy:
+        """Return a copy of the wrapped strategy and its memory; a grid that it keeps is shared."""
+        return copy.deepcopy(self.strategy, {id(self._grid): self._grid})
 
-        Raises:
-            ValueError: they are not what the global model's shape and the round ask for.
-        """
-        records = reply.content.array_records
-        if len(records) != 1:
-            raise ValueError(f"expected one ArrayRecord, got {len(records)}")
-        name, record = next(iter(records.items()))
-        weights = [
-            metrics[self.weighted_by_key]
-            for metrics in reply.content.metric_records.values()
-            if self.weighted_by_key in metrics
-        ]
-        if len(weights) != 1 or not isinstance(weights[0], (int, float)):
-            raise ValueError(f"expected one number {self.weighted_by_key!r} in its metrics")
-        if not 0 < weights[0] <= MAX_EXAMPLES:
-            raise ValueError(
-                f"{self.weighted_by_key} is {str(weights[0])[:20]}, it must be positive and at "
-                f"most {MAX_EXAMPLES:.0e}"
-            )
-        state_dict = self._as_global(record)
-        check_finite(self.spec, state_dict, "its model")
-        return _ClientModel(reply, name, record, state_dict, float(weights[0]))
+    def _adopt(self, chosen: Strategy) -> None:
+        """Give the wrapped strategies the memory of their copies; they stay the same objects."""
+        if chosen is self.strategy:
+            return
+        pairs = list(zip(_levels(self.strategy), _levels(chosen), strict=True))
+        memo = {id(self._grid): self._grid, **{id(copied): old for old, copied in pairs}}
+        for old, copied in pairs:
+            vars(old).update(copy.deepcopy(vars(copied), memo))
 
-    def _as_global(self, record: ArrayRecord) -> dict[str, Tensor]:
-        """Return a reply's tensors in the dtypes of the global model.
-
-        Raises:
-            ValueError: a tensor is of another kind: say, integers where floats belong.
-        """
+    def _align(self, clients: Sequence[ClientModel]) -> tuple[list[Permutation], Metrics]:
+        """Return a permutation for each client, and what the alignment did."""
         assert self._arrays is not None
-        state_dict = dict(record.to_torch_state_dict())
-        for key in state_dict.keys() & self._arrays.keys():
-            wanted = np.dtype(self._arrays[key].dtype)
-            found = np.dtype(record[key].numpy().dtype)
-            if found.kind != wanted.kind:
-                raise ValueError(f"{key} is of dtype {found}, the global model's is {wanted}")
-            if found != wanted:
-                state_dict[key] = torch.from_numpy(record[key].numpy().astype(wanted))
-        return state_dict
-
-    def _align(self, clients: list[_ClientModel]) -> tuple[list[Message], dict[str, float | int]]:
-        """Return the replies with aligned models, and what the alignment did."""
-        assert self._arrays is not None
-        started = time.perf_counter()
         models = [client.state_dict for client in clients]
         weights = [client.weight for client in clients]
+        still = [self.spec.identity() for _ in clients]
+        if self.matching == "none":
+            return still, {}
+        started = time.perf_counter()
         gauge = self._arrays.to_torch_state_dict()
-        permutations, sweeps = align_many(self.spec, models, weights, gauge)
-        aligned, messages = [], []
-        for client, permutation in zip(clients, permutations, strict=True):
-            still = permutation.is_identity
-            moved = client.state_dict if still else self.spec.apply(permutation, client.state_dict)
-            arrays = {key: Array(moved[key].numpy()) for key in self._arrays}
-            aligned.append(moved)
-            messages.append(_with_arrays(client, ArrayRecord(arrays)))
+        found, sweeps = align_many(self.spec, models, weights, gauge)
+        orders, own = list(found), Metrics()
+        if self.matching != "weights" and not _still(orders) and self._grid is not None:
+            matched, own = self._match_on_clients(clients)
+            if self.matching == "activations-then-weights":
+                found, sweeps = align_many(self.spec, models, weights, gauge, matched)
+            else:
+                found = into_gauge(self.spec, models, weights, matched, gauge)
+            orders = list(found)
+        aligned = [self.spec.apply(*pair) for pair in zip(orders, models, strict=True)]
         shares = normalised(weights, len(weights))
         before, after = (
             mean_similarity(self.spec, each, average(each, weights), shares)
             for each in (models, aligned)
         )
-        units = sum(permutation.moved for permutation in permutations)
+        units = sum(permutation.moved for permutation in orders)
         seconds = time.perf_counter() - started
         log(
             INFO,
             "aligned %s models: similarity %.3f -> %.3f, %s units moved, %.2f s",
             *(len(models), before, after, units, seconds),
         )
-        return messages, {
+        return orders, {
             "rebasin-similarity-before": before,
             "rebasin-similarity-after": after,
             "rebasin-units-moved": units,
             "rebasin-sweeps": sweeps,
             "rebasin-seconds": seconds,
+            **own,
         }
+
+    def _match_on_clients(
+        self, clients: Sequence[ClientModel]
+    ) -> tuple[list[Permutation], Metrics]:
+        """Let clients match their models to the heaviest; those that fail are matched here."""
+        assert self._grid is not None
+        reference = clients[heaviest([client.weight for client in clients])]
+        method = "straight-through" if self.matching == "straight-through" else "activations"
+        models = {client.node: client.state_dict for client in clients}
+        found, metrics = match_on_clients(
+            self._grid,
+            self.spec,
+            models,
+            reference.node,
+            method,  # type: ignore[arg-type]
+        )
+        return [
+            found[client.node]
+            if client.node in found
+            else match_weights(self.spec, reference.state_dict, client.state_dict).permutation
+            for client in clients
+        ], metrics
+
+    def _alternatives(
+        self, clients: Sequence[ClientModel], orders: Sequence[Permutation]
+    ) -> dict[str, list[Permutation]]:
+        """Return what else could be averaged than the aligned models."""
+        assert self._arrays is not None
+        others = {"naive": [self.spec.identity() for _ in clients]}
+        if len(clients) > 2:
+            models = [client.state_dict for client in clients]
+            weights = [client.weight for client in clients]
+            gauge = self._arrays.to_torch_state_dict()
+            to_heaviest = list(align_to_heaviest(self.spec, models, weights, gauge)[0])
+            if to_heaviest != list(orders) and not _still(to_heaviest):
+                others["reference"] = to_heaviest
+        return others
+
+    def _variants(
+        self,
+        clients: Sequence[ClientModel],
+        orders: Sequence[Permutation],
+        arrays: ArrayRecord,
+        own: Metrics,
+    ) -> dict[str, ArrayRecord]:
+        """Return what is made of one aggregated model, by the end of its name."""
+        variants: dict[str, ArrayRecord] = {}
+        fitted = self.least_squares != "none"
+        if self.guard or not fitted:
+            variants[""] = self._recalibrated(clients, arrays, own)
+        if variants and self._head is not None:
+            headed = self._with_head(clients, orders, variants[""])
+            if headed is not None:
+                variants = {**variants, "+heads": headed} if self.guard else {"": headed}
+        if fitted:
+            found = self._fitted(clients, orders, arrays, own)
+            if found is not None:
+                variants["+lsq" if self.guard else ""] = found
+        # Where nobody answered, the average needs what it gets without least squares.
+        return variants or {"": self._recalibrated(clients, arrays, own)}
+
+    def _recalibrated(
+        self, clients: Sequence[ClientModel], arrays: ArrayRecord, own: Metrics
+    ) -> ArrayRecord:
+        if not self.recalibrate_batchnorm or self._grid is None:
+            return arrays
+        nodes = [client.node for client in clients]
+        arrays, metrics = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
+        _add(own, metrics)
+        return arrays
+
+    def _fitted(
+        self,
+        clients: Sequence[ClientModel],
+        orders: Sequence[Permutation],
+        arrays: ArrayRecord,
+        own: Metrics,
+    ) -> ArrayRecord | None:
+        """Return the model fitted by least squares, or None if no client answers well."""
+        if self._grid is None:
+            return None
+        counts = self._counts(clients) if self._head is not None else {}
+        models = {}
+        for client, permutation in zip(clients, orders, strict=True):
+            state_dict = self.spec.apply(permutation, client.state_dict)
+            if client.node in counts and self._head is not None and self._head[1] is not None:
+                everybody = torch.stack(list(counts.values())).sum(0)
+                state_dict = without_label_prior(
+                    state_dict, counts[client.node], everybody, self._head[1]
+                )
+            models[client.node] = ArrayRecord(state_dict)
+        found, metrics = fit_on_clients(
+            self._grid, self.model, self._steps, arrays, models,
+            inputs="own" if self.least_squares == "one-pass" else "merged",
+        )  # fmt: skip
+        _add(own, metrics)
+        return None if found is arrays else found
+
+    def _with_head(
+        self,
+        clients: Sequence[ClientModel],
+        orders: Sequence[Permutation],
+        arrays: ArrayRecord,
+    ) -> ArrayRecord | None:
+        """Return the model with a class-aware head, or None if nobody reports label counts."""
+        assert self._head is not None
+        counts = self._counts(clients)
+        if not counts:
+            return None
+        models = [
+            self.spec.apply(permutation, client.state_dict)
+            for client, permutation in zip(clients, orders, strict=True)
+            if client.node in counts
+        ]
+        merged = arrays.to_torch_state_dict()
+        return ArrayRecord(class_aware_head(merged, models, list(counts.values()), *self._head))
+
+    def _counts(self, clients: Sequence[ClientModel]) -> dict[int, Tensor]:
+        """Return the label counts of the clients that report good ones, by node."""
+        assert self._head is not None
+        assert self.label_counts is not None
+        classes = len(clients[0].state_dict[self._head[0]])
+        known = {}
+        for client in clients:
+            try:
+                counts = read_label_counts(client.reply, self.label_counts)
+                check_counts(counts, classes)
+                if not bool(counts.any()):
+                    raise ValueError("all label counts are 0")
+            except Exception as error:  # A client may send anything; none of it may end the run.
+                log(
+                    WARNING,
+                    *("label counts of node %s dropped: %s", client.node, reason(error)),
+                )
+            else:
+                known[client.node] = counts
+        return known
 
     def summary(self) -> None:
         """Log what may move, then what the wrapped strategy has to say."""
@@ -236,58 +430,42 @@ class ReBasinStrategy(WrappedStrategy):
             "\t├──> Re-Basin: %s groups of units, %.1f %% of the parameters may move",
             *(len(self.spec.groups), 100 * self.spec.freedom),
         )
+        log(
+            INFO,
+            "\t├──> matching: %s; least squares: %s; guard: %s",
+            *(self.matching, self.least_squares, "on" if self.guard else "off"),
+        )
         super().summary()
 
 
-def _alike(clients: list[_ClientModel]) -> list[_ClientModel]:
-    """Return the replies whose records are named as in most; Flower's strategies need them so."""
-
-    def records(client: _ClientModel) -> str:
-        named = {client.record_name: ["model"]}
-        for name, metrics in client.reply.content.metric_records.items():
-            named[name] = [
-                f"{key}[{len(value)}]" if isinstance(value, list) else key
-                for key, value in sorted(metrics.items())
-            ]
-        return str(named)
-
-    if not clients:
-        return []
-    usual, _ = Counter(map(records, clients)).most_common(1)[0]
-    for client in clients:
-        if records(client) != usual:
-            log(
-                WARNING,
-                "reply of node %s dropped: its records are not named as those of the others: %s",
-                client.reply.metadata.src_node_id,
-                records(client),
-            )
-    return [client for client in clients if records(client) == usual]
+def _levels(strategy: Strategy) -> list[Strategy]:
+    """Return a strategy and those that it wraps, the outermost first."""
+    levels = [strategy]
+    while isinstance(inner := getattr(levels[-1], "strategy", None), Strategy):
+        levels.append(inner)
+    return levels
 
 
-def _with_arrays(client: _ClientModel, arrays: ArrayRecord) -> Message:
-    """Return a copy of a reply that carries other arrays; the reply stays as it is."""
-    content = RecordDict(dict(client.reply.content))
-    content[client.record_name] = arrays
-    remade = copy.copy(client.reply)
-    remade.content = content
-    return remade
+def _still(orders: Iterable[Permutation]) -> bool:
+    return all(permutation.is_identity for permutation in orders)
 
 
-def _like(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
-    """Return arrays with the key order and the dtypes of a model; integers are rounded.
+def _moved(
+    client: ClientModel, permutation: Permutation, spec: PermutationSpec, arrays: ArrayRecord
+) -> Message:
+    """Return a client's reply with its model permuted, in the global model's key order."""
+    state_dict: Mapping[str, Tensor] = client.state_dict
+    if not permutation.is_identity:
+        state_dict = spec.apply(permutation, state_dict)
+    return with_arrays(client, ArrayRecord({key: Array(state_dict[key].numpy()) for key in arrays}))
 
-    Averages of integer buffers come out of Flower as float64.
-    """
-    if odd := sorted(arrays.keys() ^ model.keys()):
-        raise ValueError(f"the wrapped strategy changed the model's keys: {odd[:3]}")
-    cast = {}
-    for key, wanted in model.items():
-        array, dtype = arrays[key], np.dtype(wanted.dtype)
-        if np.dtype(array.dtype) != dtype:
-            values = array.numpy()
-            # np.rint makes a bare number of an array without axes.
-            rounded = values if dtype.kind in "fc" else np.asarray(np.rint(values))
-            array = Array(rounded.astype(dtype))
-        cast[key] = array
-    return ArrayRecord(cast)
+
+def _add(own: Metrics, more: Metrics) -> None:
+    """Add up seconds, bytes and messages; of clients the fewest that answered."""
+    for name, value in more.items():
+        if name not in own:
+            own[name] = value
+        elif name.endswith("-clients"):
+            own[name] = min(own[name], value)
+        else:
+            own[name] += value

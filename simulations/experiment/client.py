@@ -1,37 +1,42 @@
-"""The ClientApp: ordinary local training, and one line that answers for BatchNorm statistics."""
+"""The ClientApp: ordinary local training, and one line that answers the strategy's questions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from experiment.data import Dataset, load_dataset
+from experiment.data import Dataset, load_dataset, load_mnist
+from experiment.methods import LABEL_COUNTS
 from experiment.progress import progress_writer
-from experiment.seeding import client_indices, client_model, derived_seed, shared_model
+from experiment.seeding import client_model, client_parts, derived_seed, shared_model
 from experiment.settings import Settings
 from experiment.training import statistics_batches, train
-from fl_rebasin.flower import add_batchnorm_handler
+from fl_rebasin.flower import add_rebasin_handlers
 
 STATISTICS_IMAGES = 2000
-"""Images of each client that BatchNorm statistics are re-estimated on."""
+"""Training images of each client that models are matched, re-estimated and fitted on."""
 
 
 @lru_cache(maxsize=1)
 def _dataset(name: str, data_dir: Path) -> Dataset:
     """Load once a process, not once a message."""
-    return load_dataset(name, data_dir)
+    return load_mnist(data_dir) if name == "mnist" else load_dataset(name, data_dir)
 
 
-def _local_data(settings: Settings, seed: int, client: int) -> tuple[Dataset, Tensor, Tensor]:
+def _local_data(
+    settings: Settings, seed: int, client: int, *, held_back: bool = False
+) -> tuple[Dataset, Tensor, Tensor]:
+    """Return the data set and a client's images and labels, to train on or held back."""
     dataset = _dataset(settings.dataset, settings.data_dir)
-    index = torch.from_numpy(client_indices(settings, dataset, seed)[client])
+    trained, left_out = map(torch.from_numpy, client_parts(settings, dataset, seed)[client])
+    index = left_out if held_back else trained
     return dataset, dataset.train_images[index], dataset.train_labels[index]
 
 
@@ -75,20 +80,42 @@ def make_client_app(settings: Settings, progress: Path, threads: int) -> ClientA
         content = RecordDict(
             {
                 "arrays": ArrayRecord(model.state_dict()),
-                "metrics": MetricRecord({"num-examples": len(labels), "train-loss": loss}),
+                "metrics": MetricRecord(
+                    {
+                        "num-examples": len(labels),
+                        "train-loss": loss,
+                        LABEL_COUNTS: torch.bincount(
+                            labels, minlength=dataset.num_classes
+                        ).tolist(),
+                    }
+                ),
                 "client": ConfigRecord({"number": client}),
             }
         )
         return Message(content, reply_to=message)
 
-    def load(context: Context) -> tuple[nn.Module, Iterable[Tensor]]:
+    def load(context: Context) -> tuple[nn.Module, Iterable[Any]]:
+        """Return model and some training images with their labels."""
         torch.set_num_threads(threads)
-        seed = cast(int, context.state.config_records["run"]["seed"])
-        client = cast(int, context.node_config["partition-id"])
-        dataset, images, _ = _local_data(settings, seed, client)
+        seed, client = _who(context)
+        dataset, images, labels = _local_data(settings, seed, client)
         chosen = derived_seed(seed, "statistics", client)
-        batches = statistics_batches(dataset, images, STATISTICS_IMAGES, chosen)
+        batches = statistics_batches(dataset, images, labels, STATISTICS_IMAGES, chosen)
         return shared_model(settings, dataset, seed), batches
 
-    add_batchnorm_handler(app, load)
+    def load_held_back(context: Context) -> tuple[nn.Module, Iterable[Any]]:
+        """Return model and the images that training leaves out, with their labels."""
+        torch.set_num_threads(threads)
+        seed, client = _who(context)
+        dataset, images, labels = _local_data(settings, seed, client, held_back=True)
+        batches = statistics_batches(dataset, images, labels, len(labels), 0)
+        return shared_model(settings, dataset, seed), batches
+
+    add_rebasin_handlers(app, load, load_held_back)
     return app
+
+
+def _who(context: Context) -> tuple[int, int]:
+    """Return the seed of the run and the number of the client."""
+    seed = cast(int, context.state.config_records["run"]["seed"])
+    return seed, cast(int, context.node_config["partition-id"])

@@ -13,7 +13,7 @@ from experiment.data import Dataset
 from experiment.evaluation import curve, debiased, ensemble, measure
 from experiment.progress import progress_writer
 from experiment.recorder import ModelState
-from experiment.seeding import client_indices, derived_seed, shared_model
+from experiment.seeding import client_parts, derived_seed, shared_model
 from experiment.server import run_federation
 from experiment.settings import Settings
 from experiment.splits import evaluation_parts
@@ -48,7 +48,7 @@ def compare(
 
     federation = run_federation(settings, dataset, grid, seed, measure_state)
 
-    indices = client_indices(settings, dataset, seed)
+    indices = [trained for trained, _ in client_parts(settings, dataset, seed)]
     counts = [
         torch.bincount(dataset.train_labels[index], minlength=dataset.num_classes)
         for index in map(torch.from_numpy, indices)

@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, MNIST
 from torchvision.datasets.utils import check_integrity
 
 from experiment.errors import UserError
@@ -30,7 +30,7 @@ class Dataset:
     """A labelled image data set, already divided into training and test images.
 
     Attributes:
-        name: "cifar100" or "digits".
+        name: "cifar100", "digits" or "mnist".
         train_images: uint8, shape (N, C, H, W), values 0 to 255.
         train_labels: int64, shape (N,), values 0 to num_classes - 1.
         test_images: uint8, shape (M, C, H, W).
@@ -103,6 +103,32 @@ def load_dataset(choice: str, data_dir: Path) -> Dataset:
                 f"{missing}: this run uses scikit-learn's bundled handwritten digits instead."
             )
     return _cifar100(data_dir)
+
+
+def load_mnist(data_dir: Path) -> Dataset:
+    """Load MNIST (LeCun et al., 1998); download it into `data_dir` if it is not there.
+
+    Raises:
+        UserError: It can be neither found nor downloaded, or the files are damaged.
+    """
+    data_dir = data_dir.expanduser()
+    existing = _nearest_existing(data_dir)
+    if not existing.is_dir():
+        raise UserError(f"{existing} is not a folder: give a folder as --data-dir")
+    try:
+        with _network_timeout(NETWORK_TIMEOUT_S):
+            parts = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, HTTPException, ValueError) as error:
+        reason = " ".join(str(error).strip("<>").split())
+        raise UserError(
+            f"MNIST is neither in {data_dir} nor can it be downloaded ({reason}): put the folder "
+            "MNIST there, or give another --data-dir"
+        ) from error
+    (train_images, train_labels), (test_images, test_labels) = (
+        (part.data[:, None].contiguous(), part.targets) for part in parts
+    )
+    mean, std = _channel_statistics(train_images)
+    return Dataset("mnist", train_images, train_labels, test_images, test_labels, 10, mean, std)
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -108,7 +108,7 @@ def curve(
         model.cpu().load_state_dict(interpolate(left, right, lam))
         if recalibrate:
             batches = statistics_batches(
-                dataset, dataset.train_images, CURVE_STATISTICS_IMAGES, seed
+                dataset, dataset.train_images, dataset.train_labels, CURVE_STATISTICS_IMAGES, seed
             )
             model.load_state_dict(recalibrate_batchnorm(model, batches))
         probabilities = predict(model, dataset, test_images).double().softmax(1)

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from experiment.errors import UserError
 
-DEFAULT_WIDTHS = {"conv": 32, "resnet20": 1, "mlp": 512}
+DEFAULT_WIDTHS = {"conv": 32, "resnet20": 1, "mlp": 512, "mlp2": 128}
+HIDDEN_LAYERS = {"mlp": 3, "mlp2": 2}
 NORMS = ("batch", "layer", "group", "none")
 MAX_NORM_GROUPS = 8
 
@@ -37,9 +38,9 @@ def build_model(
     """Build a model with PyTorch's standard initialisation, drawn from a seed.
 
     Args:
-        name: "conv", "resnet20" or "mlp".
+        name: "conv", "resnet20", "mlp" (three hidden layers) or "mlp2" (two).
         width: Channels of the first stage (conv), multiplier of the channels 16, 32 and 64
-            (resnet20), or units of a hidden layer (mlp).
+            (resnet20), or units of a hidden layer (mlp, mlp2).
         norm: "batch", "layer" (over the channels at each position), "group" (at most 8 groups)
             or "none".
         in_channels: Channels of an image.
@@ -66,7 +67,7 @@ def build_model(
             return SmallConvNet(width, norm, in_channels, num_classes, image_size)
         if name == "resnet20":
             return ResNet20(width, norm, in_channels, num_classes)
-        return MLP(width, norm, in_channels * image_size**2, num_classes)
+        return MLP([width] * HIDDEN_LAYERS[name], norm, in_channels * image_size**2, num_classes)
 
 
 class ChannelLayerNorm(nn.Module):
@@ -165,15 +166,15 @@ class ResNet20(nn.Module):
 
 
 class MLP(nn.Module):
-    """Three hidden layers of `width` units over the flattened image."""
+    """Hidden layers of some widths over the flattened image."""
 
-    def __init__(self, width: int, norm: str, in_features: int, num_classes: int) -> None:
+    def __init__(self, widths: list[int], norm: str, in_features: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in pairwise([in_features, width, width, width]):
+        for before, after in pairwise([in_features, *widths]):
             linear = nn.Linear(before, after, bias=norm != "batch")
             layers += [linear, _unit_norm(norm, after), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, num_classes)."""

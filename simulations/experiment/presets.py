@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from experiment.training import Recipe
 
-DEFAULT_NORMS = {"conv": "batch", "resnet20": "layer", "mlp": "none"}
+DEFAULT_NORMS = {"conv": "batch", "resnet20": "layer", "mlp": "none", "mlp2": "none"}
 
 
 @dataclass(frozen=True)

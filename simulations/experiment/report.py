@@ -131,7 +131,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
 def print_rounds(console: Console, runs: list[dict[str, Any]]) -> None:
     """Print joint accuracy after each round, both arms with BatchNorm re-estimated."""
     table = Table(title="joint accuracy in % by round", title_justify="left")
-    arms = [name for name in runs[0]["rounds"][0] if name != "round"]
+    arms = [name for name in runs[0]["rounds"][-1] if name != "round"]
     for heading in ("round", *arms):
         table.add_column(heading, justify="right", no_wrap=True)
     for place, entry in enumerate(runs[0]["rounds"]):

@@ -10,6 +10,9 @@ from experiment.data import Dataset
 from experiment.settings import Settings
 from experiment.splits import split_indices
 
+HELD_BACK, MAX_HELD_BACK = 0.05, 1000
+"""Share of a client's images that the guard judges models by, and the most."""
+
 
 def derived_seed(seed: int, *use: int | str) -> int:
     """Return the seed of one use of randomness, independent of all other uses."""
@@ -20,12 +23,36 @@ def derived_seed(seed: int, *use: int | str) -> int:
 def client_indices(settings: Settings, dataset: Dataset, seed: int) -> list[NDArray[np.int64]]:
     """Return the training images of each client, at most `settings.limit` each (0: all)."""
     rng = np.random.default_rng(derived_seed(seed, "split"))
-    parts = split_indices(
-        dataset.train_labels.numpy(), settings.split, settings.clients, dataset.num_classes, rng
-    )
+    labels = dataset.train_labels.numpy()
+    dealt = np.arange(len(labels))
+    if settings.images:
+        dealt = np.sort(rng.permutation(dealt)[: settings.images])
+    parts = [
+        dealt[part]
+        for part in split_indices(
+            labels[dealt], settings.split, settings.clients, dataset.num_classes, rng
+        )
+    ]
     if settings.limit:
         parts = [np.sort(rng.permutation(part)[: settings.limit]) for part in parts]
     return parts
+
+
+def held_back(part: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return a client's images to train on, and those to judge models by, which are left out."""
+    count = min(MAX_HELD_BACK, int(HELD_BACK * len(part)))
+    order = np.random.default_rng(seed).permutation(len(part))
+    return np.sort(part[order[count:]]), np.sort(part[order[:count]])
+
+
+def client_parts(
+    settings: Settings, dataset: Dataset, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the images that each client trains on, and those that it holds back."""
+    return [
+        held_back(part, derived_seed(seed, "held back", client))
+        for client, part in enumerate(client_indices(settings, dataset, seed))
+    ]
 
 
 def shared_model(settings: Settings, dataset: Dataset, seed: int) -> nn.Module:

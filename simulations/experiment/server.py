@@ -11,11 +11,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from experiment.data import Dataset
+from experiment.methods import METHODS, ORDINARY
 from experiment.recorder import ModelState, Recorder
 from experiment.seeding import shared_model
 from experiment.settings import Settings
 from fl_rebasin import ReBasinStrategy
-from fl_rebasin.flower import BatchNormRecalibration, recalibrate_on_clients
 
 
 class FederationError(RuntimeError):
@@ -29,10 +29,11 @@ class Federation:
     Attributes:
         clients: The clients' models after the first round, trained apart.
         aligned: The same models with their units permuted.
-        merged: After the first round `naive`, `naive+bn`, `rebasin`, `rebasin+bn`; with more
-            rounds the same names after the last one, each arm going on from its own model.
-        rounds: For each round, for each arm, what `evaluate` said of its `+bn` model and the
-            aggregated training metrics.
+        merged: After the first round `naive`, `rebasin`, `naive+bn`, `rebasin+bn` and the chosen
+            methods; with more rounds the same names after the last one, each arm that goes on
+            going on from its own model.
+        rounds: For each round, for each arm, what `evaluate` said of its model and the aggregated
+            training metrics.
     """
 
     clients: list[ModelState]
@@ -84,7 +85,7 @@ def run_federation(
 ) -> Federation:
     """Train and merge for one seed.
 
-    In the first round both arms share the very same client models. Later rounds are ordinary
+    In the first round all arms share the very same client models. Later rounds are ordinary
     ones, each arm with as many as the other: the same communication, the same local epochs.
 
     Args:
@@ -101,47 +102,57 @@ def run_federation(
     example = dataset.normalise(dataset.train_images[:1])
     initial = ArrayRecord(model.state_dict())
 
+    def rebasin_around(inner: Strategy, **options: Any) -> ReBasinStrategy:
+        return ReBasinStrategy(inner, model=model, example_inputs=example, **options)
+
     averaging = Recorder(_fedavg())
-    rebasin = ReBasinStrategy(averaging, model=model, example_inputs=example)
+    rebasin = rebasin_around(averaging)
     arriving = Recorder(rebasin)
     rebasin_arrays, metrics = _one_round(arriving, settings, grid, initial, seed, 1, "rebasin")
-    naive_arrays, naive_metrics = _fedavg().aggregate_train(1, arriving.replies)
-    assert naive_arrays is not None
-    assert naive_metrics is not None
-    nodes = [reply.metadata.src_node_id for reply in arriving.replies]
-    naive_bn_arrays, naive_own = recalibrate_on_clients(grid, nodes, model, naive_arrays)
+    naive_averaging = Recorder(_fedavg())
+    arms = {
+        "naive+bn": rebasin_around(naive_averaging, matching="none"),
+        **{name: rebasin_around(_fedavg(), **METHODS[name]) for name in settings.methods},
+    }
+    results = {"rebasin+bn": (rebasin_arrays, metrics)}
+    for name, strategy in arms.items():
+        # Not through `start`: all arms share the client models of the first round.
+        list(strategy.configure_train(1, initial, ConfigRecord(), grid))
+        arrays, own = strategy.aggregate_train(1, arriving.replies)
+        assert arrays is not None
+        assert own is not None
+        results[name] = arrays, own
     federation = Federation(
         clients=arriving.models(),
         aligned=averaging.models(),
         merged={
-            "naive": _state(naive_arrays),
-            "naive+bn": _state(naive_bn_arrays),
+            "naive": _state(naive_averaging.arrays),
+            "naive+bn": _state(results["naive+bn"][0]),
             "rebasin": _state(averaging.arrays),
-            "rebasin+bn": _state(rebasin_arrays),
+            **{name: _state(results[name][0]) for name in ("rebasin+bn", *settings.methods)},
         },
     )
 
-    def log_round(stage: int, results: dict[str, tuple[ArrayRecord, MetricRecord]]) -> None:
+    def log_round(stage: int) -> None:
         entry: dict[str, Any] = {"round": stage}
         for arm, (arrays, train_metrics) in results.items():
-            entry[f"{arm}+bn"] = evaluate(_state(arrays)) | {"train": dict(train_metrics)}
+            entry[arm] = evaluate(_state(arrays)) | {"train": dict(train_metrics)}
         federation.rounds.append(entry)
 
-    results = {
-        "naive": (naive_bn_arrays, MetricRecord({**naive_metrics, **naive_own})),
-        "rebasin": (rebasin_arrays, metrics),
+    log_round(1)
+    # Those that only differ in how they align go on like the others of their kind.
+    going_on = {"naive+bn": arms["naive+bn"], "rebasin+bn": rebasin} | {
+        name: arms[name] for name in settings.methods if name in ORDINARY
     }
-    log_round(1, results)
-    naive_averaging = Recorder(_fedavg())
-    strategies = {
-        "naive": (naive_averaging, BatchNormRecalibration(naive_averaging, model=model)),
-        "rebasin": (averaging, rebasin),
-    }
+    for name in results.keys() - going_on.keys():
+        del results[name]
     for stage in range(2, settings.rounds + 1):
-        for arm, (inner, strategy) in strategies.items():
-            arrays = results[arm][0]
-            results[arm] = _one_round(strategy, settings, grid, arrays, seed, stage, arm)
-            federation.merged[arm] = _state(inner.arrays)
-            federation.merged[f"{arm}+bn"] = _state(results[arm][0])
-        log_round(stage, results)
+        for arm, strategy in going_on.items():
+            results[arm] = _one_round(
+                strategy, settings, grid, results[arm][0], seed, stage, arm.removesuffix("+bn")
+            )
+            federation.merged[arm] = _state(results[arm][0])
+        federation.merged["naive"] = _state(naive_averaging.arrays)
+        federation.merged["rebasin"] = _state(averaging.arrays)
+        log_round(stage)
     return federation

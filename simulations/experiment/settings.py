@@ -15,7 +15,7 @@ class Settings:
     """One experiment, repeated over seeds.
 
     Attributes:
-        dataset: "cifar100" or "digits".
+        dataset: "cifar100", "digits" or "mnist".
         data_dir: Folder of CIFAR-100.
         split: Rule by which images are dealt out, as `splits.split_indices` reads it.
         clients: Number of clients.
@@ -27,8 +27,10 @@ class Settings:
         width: Its width.
         norm: Its normalisation layers.
         seeds: One repetition each.
+        images: Training images to deal out, taken at random; 0 for all.
         limit: At most so many training images a client; 0 for all.
         oracle: Whether one model is trained on all the data.
+        methods: Merging methods to compare, beside naive averaging and `rebasin`.
         recipe: Optimiser and augmentation.
         curve_images: Test images for each point of the interpolation curves; 0 for all.
     """
@@ -45,8 +47,10 @@ class Settings:
     width: int
     norm: str
     seeds: tuple[int, ...]
+    images: int
     limit: int
     oracle: bool
+    methods: tuple[str, ...]
     recipe: Recipe
     curve_images: int
 

@@ -18,23 +18,25 @@ class Split:
     """A split rule, read from what the user wrote.
 
     Attributes:
-        kind: "iid", "disjoint" (no class in common), "percent" or "dirichlet".
+        kind: "iid", "disjoint" (no class in common), "percent", "dirichlet" or "all".
         value: For "percent", the percentage of the first half of the classes that goes to the
             even clients; for "dirichlet", ALPHA; otherwise 0.
     """
 
-    kind: Literal["iid", "disjoint", "percent", "dirichlet"]
+    kind: Literal["iid", "disjoint", "percent", "dirichlet", "all"]
     value: float = 0.0
 
 
 def parse_split(split: str) -> Split:
-    """Read `iid`, `50-50`, `A-B` (or `A/B`) with A + B = 100, or `dirichlet:ALPHA`.
+    """Read `iid`, `50-50`, `A-B` (or `A/B`) with A + B = 100, `dirichlet:ALPHA` or `all`.
 
     Raises:
         UserError: The split is unknown, or its percentages or its ALPHA make no sense.
     """
     if split == "iid":
         return Split("iid")
+    if split == "all":
+        return Split("all")
     if split.startswith("dirichlet:"):
         return Split("dirichlet", _alpha(split))
     if percentages := re.fullmatch(r"([0-9]{1,3})[-/]([0-9]{1,3})", split):
@@ -48,7 +50,7 @@ def parse_split(split: str) -> Split:
         return Split("disjoint") if first == 50 else Split("percent", first)
     raise UserError(
         f"unknown split {split!r}: use 20-80 (or another A-B with A + B = 100), "
-        "50-50 (no class in common), iid or dirichlet:ALPHA"
+        "50-50 (no class in common), iid, dirichlet:ALPHA or all (every client has all images)"
     )
 
 
@@ -72,7 +74,7 @@ def split_indices(
     num_classes: int,
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """Deal the images out to the clients: each image to exactly one client.
+    """Deal the images out to the clients: each image to exactly one client, but for `all`.
 
     - `A-B`, the two-site rule of Git Re-Basin (Ainsworth et al., 2023) and REPAIR (Jordan et al.,
       2023): client 0 gets A % of the images of the first half of the classes and B % of those
@@ -80,6 +82,7 @@ def split_indices(
       images equally, the odd ones client 1's.
     - `50-50`: no class in common; the classes are cut into one contiguous part a client.
     - `iid`: random parts of equal size.
+    - `all`: every client has all images.
     - `dirichlet:ALPHA`: each class is divided in proportions drawn from a symmetric Dirichlet
       distribution (Hsu et al., 2019); the smaller ALPHA, the fewer clients share a class.
 
@@ -106,6 +109,8 @@ def split_indices(
         )
     if rule.kind == "iid":
         parts = _equal_parts(np.arange(len(labels)), num_clients, rng)
+    elif rule.kind == "all":
+        parts = [np.arange(len(labels))] * num_clients
     elif rule.kind == "disjoint":
         parts = _disjoint_parts(labels, num_clients, num_classes)
     elif rule.kind == "percent":

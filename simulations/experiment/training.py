@@ -137,12 +137,15 @@ def predict(model: nn.Module, dataset: Dataset, images: Tensor) -> Tensor:
         )
 
 
-def statistics_batches(dataset: Dataset, images: Tensor, limit: int, seed: int) -> Iterator[Tensor]:
-    """Yield normalised batches of randomly chosen images, for BatchNorm statistics.
+def statistics_batches(
+    dataset: Dataset, images: Tensor, labels: Tensor, limit: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of randomly chosen images, normalised, with their labels.
 
     Args:
         dataset: Knows how to normalise its images.
         images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
         limit: At most so many images.
         seed: Seeds the choice.
     """
@@ -151,4 +154,4 @@ def statistics_batches(dataset: Dataset, images: Tensor, limit: int, seed: int) 
     for part in chosen.split(STATISTICS_BATCH):
         # BatchNorm has no variance over a single image of one pixel a channel.
         if len(part) > 1 or len(chosen) == 1:
-            yield dataset.normalise(images[part])
+            yield dataset.normalise(images[part]), labels[part]

@@ -1,0 +1,41 @@
+"""The merging methods that a simulation compares, beside naive averaging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiment.errors import UserError
+
+LABEL_COUNTS = "label-counts"
+"""Metric of the replies: training images of each class."""
+
+_FITTED = {"least_squares": "layerwise", "label_counts": LABEL_COUNTS}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rebasin-activation+bn": {"matching": "activations"},
+    "rebasin-ste+bn": {"matching": "straight-through"},
+    "naive+lsq": {"matching": "none", **_FITTED},
+    "rebasin+lsq": {"matching": "activations-then-weights", **_FITTED},
+    "rebasin+guard": {"matching": "activations-then-weights", **_FITTED, "guard": True},
+}
+"""Options of `ReBasinStrategy` by the name of the row; what the table always has is not here."""
+
+ALWAYS = ("naive", "naive+bn", "rebasin", "rebasin+bn")
+ORDINARY = ("naive+lsq", "rebasin+lsq", "rebasin+guard")
+"""Those that go on, as arms of their own, in ordinary rounds."""
+
+
+def chosen_methods(names: list[str] | None) -> tuple[str, ...]:
+    """Return the methods to compare beside those that every table has; all for None.
+
+    Raises:
+        UserError: A name is unknown, or given twice.
+    """
+    if names is None:
+        return tuple(METHODS)
+    known = (*ALWAYS, *METHODS)
+    if odd := [name for name in names if name not in known]:
+        raise UserError(f"--methods {odd[0]} is unknown: use some of {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--methods {' '.join(names)} repeats a name: give each once")
+    return tuple(name for name in METHODS if name in names)

@@ -1,0 +1,288 @@
+"""With every strategy: permuted honest replies give what the strategy alone makes of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation, one_round, prepare, replies_of, tensors
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    Strategy,
+)
+from helpers import State, assert_same, random_state, spec_of
+from zoo import ZOO
+
+from fl_rebasin import PermutationSpec
+from fl_rebasin.flower import ReBasinStrategy
+
+CLIENTS = 7
+WEIGHTS = dict(enumerate((3, 5, 4, 6, 2, 7, 1), start=1))
+LOSSES = dict(enumerate((0.5, 0.9, 0.2, 0.4, 1.5, 0.8, 0.6), start=1))
+OWN_METRICS = {
+    "rebasin-similarity-before",
+    "rebasin-similarity-after",
+    "rebasin-units-moved",
+    "rebasin-sweeps",
+    "rebasin-seconds",
+}
+NORM_BITS = dict(enumerate((1, 0, 1, 1, 0, 1, 1), start=1))
+
+
+@pytest.fixture(autouse=True)
+def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(monkeypatch, caplog)
+
+
+INNER: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedProx": lambda: FedProx(proximal_mu=0.1),
+    "FedAvgM": lambda: FedAvgM(server_learning_rate=0.7, server_momentum=0.9),
+    "FedAdagrad": lambda: FedAdagrad(eta=0.01),
+    "FedAdam": lambda: FedAdam(eta=0.01, beta_1=0.9, beta_2=0.99),
+    "FedYogi": lambda: FedYogi(eta=0.01, beta_1=0.9, beta_2=0.99),
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(beta=0.25),
+    "Krum": lambda: Krum(num_malicious_nodes=1),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3),
+}
+NOISE = 0.05
+CLIPPING: dict[str, Callable[[Strategy], Strategy]] = {
+    "server-fixed": lambda inner: DifferentialPrivacyServerSideFixedClipping(
+        inner, NOISE, clipping_norm=0.01, num_sampled_clients=CLIENTS
+    ),
+    "server-adaptive": lambda inner: DifferentialPrivacyServerSideAdaptiveClipping(
+        inner, NOISE, num_sampled_clients=CLIENTS, initial_clipping_norm=0.01
+    ),
+    "client-fixed": lambda inner: DifferentialPrivacyClientSideFixedClipping(
+        inner, NOISE, clipping_norm=0.01, num_sampled_clients=CLIENTS
+    ),
+    "client-adaptive": lambda inner: DifferentialPrivacyClientSideAdaptiveClipping(
+        inner, NOISE, num_sampled_clients=CLIENTS, initial_clipping_norm=0.01
+    ),
+}
+
+
+@cache
+def named_spec(name: str) -> PermutationSpec:
+    return spec_of(ZOO[name])
+
+
+@cache
+def aligning(name: str) -> Callable[[Strategy], Strategy]:
+    """Puts the aligning strategy around another one; its spec is derived once."""
+    entry = ZOO[name]
+    template = ReBasinStrategy(
+        model=entry.build(), example_inputs=entry.inputs(), recalibrate_batchnorm=False
+    )
+
+    def wrap(inner: Strategy) -> Strategy:
+        strategy = object.__new__(ReBasinStrategy)
+        vars(strategy).update(vars(template))
+        strategy.strategy = inner
+        return strategy
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A strategy, and the same with alignment in it."""
+
+    plain: Callable[[], Strategy]
+    aligned: Callable[[Callable[[Strategy], Strategy]], Strategy]
+
+
+def around(inner: Callable[[], Strategy]) -> Pair:
+    """Alignment first, then the whole strategy."""
+    return Pair(inner, lambda align: align(inner()))
+
+
+def inside(clip: Callable[[Strategy], Strategy], inner: Callable[[], Strategy]) -> Pair:
+    """The wrapper outermost, alignment between it and the strategy that aggregates."""
+    return Pair(lambda: clip(inner()), lambda align: clip(align(inner())))
+
+
+PLAIN = {name: around(inner) for name, inner in INNER.items()}
+PRIVATE = {
+    # Alignment before the server clips: else it would clip what only looks like a large update.
+    **{
+        f"{name}({inner})": around(lambda clip=clip, inner=inner: clip(INNER[inner]()))
+        for name, clip in CLIPPING.items()
+        for inner in ("FedAvg", "FedAvgM")
+    },
+    "server-fixed(server-adaptive(FedAdam))": around(
+        lambda: CLIPPING["server-fixed"](CLIPPING["server-adaptive"](INNER["FedAdam"]()))
+    ),
+    # Clients have clipped their updates already: what remains is noise.
+    **{
+        f"{name}(ReBasin({inner}))": inside(CLIPPING[name], INNER[inner])
+        for name in ("client-fixed", "client-adaptive")
+        for inner in ("FedAvg", "FedAdam")
+    },
+}
+# Integer buffers are averaged, too, but would be most of the norm of an update.
+CASES = {
+    **{f"{net}-{name}": (net, pair) for net in ("mlp", "residual-batchnorm")
+       for name, pair in PLAIN.items()},
+    **{f"mlp-{name}": ("mlp", pair) for name, pair in PRIVATE.items()},
+}  # fmt: skip
+
+
+def near(state: State, seed: int, scale: float = 1e-3) -> State:
+    """A state dict close by, as after a little training; integers count on."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: value + scale * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value + 3 * seed + seed**2
+        for key, value in state.items()
+    }
+
+
+def neighbours(model: State, server_round: int) -> dict[int, State]:
+    # Clients who have gone different ways, so that a median is no mean and Krum has a choice.
+    return {
+        node_id: near(model, 10 * server_round + node_id, scale=1e-3 * (1 + node_id % 3))
+        for node_id in WEIGHTS
+    }
+
+
+def shuffled(name: str, states: dict[int, State], seed: int) -> dict[int, State]:
+    spec, generator = named_spec(name), torch.Generator().manual_seed(seed)
+    return {node_id: spec.apply(spec.random(generator), state) for node_id, state in states.items()}
+
+
+def aggregated(
+    strategy: Strategy, model: State | ArrayRecord, states: dict[int, State], server_round: int
+) -> tuple[ArrayRecord, MetricRecord]:
+    np.random.seed(server_round)  # Flower's noise comes from here.
+    # Some of the strategies empty the replies that they are handed: each gets its own.
+    replies = replies_of(states, WEIGHTS, loss=LOSSES, norm_bit=NORM_BITS)
+    world = Federation(dict.fromkeys(WEIGHTS))
+    arrays, metrics = one_round(strategy, world, model, replies, server_round)
+    assert world.sent == []
+    assert arrays is not None
+    assert metrics is not None
+    return arrays, metrics
+
+
+def as_model(state: State, model: State) -> State:
+    """With the dtypes of a model: averages of integers come out of Flower as floats."""
+    return {
+        key: (value if model[key].is_floating_point() else value.round()).to(model[key].dtype)
+        for key, value in state.items()
+    }
+
+
+def distance(left: State, right: State) -> float:
+    """Relative distance over the floating tensors."""
+    keys = [key for key, value in right.items() if value.is_floating_point()]
+    gap = sum(float((left[key] - right[key]).double().square().sum()) for key in keys)
+    return (gap / sum(float(right[key].double().square().sum()) for key in keys)) ** 0.5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_permuted_replies_give_what_plain_ones_give_round_after_round(case: str) -> None:
+    # Momentum lives in the coordinates of the global model: it is the second round that tells.
+    net, pair = CASES[case]
+    plain, aligned = pair.plain(), pair.aligned(aligning(net))
+    model = random_state(ZOO[net], 0)
+    for server_round in (1, 2):
+        states = neighbours(model, server_round)
+        moved = shuffled(net, states, server_round)
+        if server_round == 1:
+            lost, _ = aggregated(pair.plain(), model, moved, server_round)
+        expected, expected_metrics = aggregated(plain, model, states, server_round)
+        result, metrics = aggregated(aligned, model, moved, server_round)
+        wanted = as_model(tensors(expected), model)
+        assert list(result) == list(model)
+        assert_same(tensors(result), wanted, rtol=1e-5, atol=1e-5)
+        assert metrics["loss"] == pytest.approx(expected_metrics["loss"])
+        assert metrics["rebasin-units-moved"] > 0
+        if server_round == 1:
+            assert distance(as_model(tensors(lost), model), wanted) > 1e-4
+        model = wanted
+
+
+# In the others the noise is added to what is float32 already, not float64.
+BITWISE = {
+    name: pair for name, pair in {**PLAIN, **PRIVATE}.items() if "ReBasin(FedAdam)" not in name
+}
+
+
+@pytest.mark.parametrize("name", BITWISE)
+def test_plain_replies_give_bitwise_the_same_round_after_round(name: str) -> None:
+    net = "mlp"
+    pair = BITWISE[name]
+    plain, aligned = pair.plain(), pair.aligned(aligning(net))
+    model = ArrayRecord(random_state(ZOO[net], 0))
+    for server_round in (1, 2):
+        states = neighbours(tensors(model), server_round)
+        expected, expected_metrics = aggregated(plain, model, states, server_round)
+        result, metrics = aggregated(aligned, model, states, server_round)
+        assert list(result) == list(expected) == list(model)
+        for key, array in expected.items():
+            assert result[key].numpy().dtype == np.float32
+            # FedAdam and its like give float64: it goes into the model's dtype.
+            wanted = array.numpy().astype(np.float32)
+            assert result[key].numpy().tobytes() == wanted.tobytes(), key
+        assert metrics["rebasin-units-moved"] == 0
+        assert dict(metrics) == {**metrics, **expected_metrics}
+        model = result
+
+
+@pytest.mark.parametrize("clip", ["server-fixed", "server-adaptive"])
+def test_server_side_clipping_may_be_outermost_if_it_has_nothing_to_clip(clip: str) -> None:
+    net = "residual-batchnorm"
+    wide: dict[str, Callable[[Strategy], Strategy]] = {
+        "server-fixed": lambda inner: DifferentialPrivacyServerSideFixedClipping(
+            inner, 0.0, clipping_norm=1e6, num_sampled_clients=CLIENTS
+        ),
+        "server-adaptive": lambda inner: DifferentialPrivacyServerSideAdaptiveClipping(
+            inner, 0.0, num_sampled_clients=CLIENTS, initial_clipping_norm=1e6
+        ),
+    }
+    pair = inside(wide[clip], FedAvg)
+    model = random_state(ZOO[net], 0)
+    states = neighbours(model, 1)
+    expected, expected_metrics = aggregated(pair.plain(), model, states, 1)
+    moved = shuffled(net, states, 1)
+    result, metrics = aggregated(pair.aligned(aligning(net)), model, moved, 1)
+    assert_same(as_model(tensors(result), model), as_model(tensors(expected), model),
+                rtol=1e-5, atol=1e-5)  # fmt: skip
+    assert metrics["rebasin-units-moved"] > 0
+    assert metrics.keys() - expected_metrics.keys() == OWN_METRICS
+
+
+def test_what_a_strategy_tells_its_clients_is_passed_on() -> None:
+    strategy = aligning("mlp")(
+        CLIPPING["client-fixed"](FedProx(proximal_mu=0.1, fraction_train=1.0))
+    )
+    model = ArrayRecord(random_state(ZOO["mlp"], 0))
+    grid = Federation(dict.fromkeys(WEIGHTS)).grid
+    messages = list(strategy.configure_train(1, model, ConfigRecord({"lr": 0.1}), grid))
+    assert {message.metadata.dst_node_id for message in messages} == WEIGHTS.keys()
+    for message in messages:
+        config = message.content.config_records["config"]
+        assert config["proximal-mu"] == 0.1
+        assert config["clipping_norm"] == 0.01
+        assert config["lr"] == 0.1
