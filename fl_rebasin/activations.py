@@ -30,8 +30,8 @@ from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
 Key = tuple[str, ...]
 """A group's name; for units within blocks the names of both, the blocks first."""
-HINT = 1e-6
-"""Correlation that the best-fitting weights are worth: they decide between equals."""
+HINT = 1e-4
+"""Correlation that the best-fitting weights are worth: they decide between equals, up to noise."""
 
 
 @dataclass(frozen=True)
@@ -327,27 +327,21 @@ def settle(
     correlated: Mapping[Key, Tensor],
     silent: Sequence[str],
 ) -> Matcher:
-    """Let the weights decide what the data do not: silent groups, and units that never vary.
+    """Let the weights decide what the data do not: silent groups, and between equal correlations.
 
     On little data many units of a net never fire: any order of them would do, but on other data.
     """
     target, weights = weights_of(spec, reference), weights_of(spec, other)
     matcher, _ = best_match(spec, target, weights, found, silent)
     blocks = {*spec.within.values()}
-    partly = [
-        key[0] for key, each in correlated.items()
-        if len(key) == 1 and key[0] not in blocks and bool((each == 0).all(1).any())
-    ]  # fmt: skip
+    plain = [key[0] for key in correlated if len(key) == 1 and key[0] not in blocks]
     for _ in range(MAX_SWEEPS):
         before = matcher.permutation
-        for name in partly:
+        for name in plain:
             order = matcher.permutation[name]
             alike = matcher.similarity(name, spec.learnable).cpu()
             hint = alike / alike.abs().max().clamp_min(torch.finfo(alike.dtype).tiny)
-            index = order[assign(correlated[name,][:, order] + HINT * hint)]
-            if not torch.equal(index, order):
-                moved = Permutation({**matcher.permutation.indices, name: index}, spec.within)
-                matcher = Matcher(spec, target, weights, moved)
+            matcher.place(name, assign(correlated[name,][:, order] + HINT * hint))
         if matcher.permutation == before:
             break
     return matcher
@@ -361,9 +355,9 @@ def match_activations(
     Only running sums are kept, `n x n` for a group of `n` units. Units are watched where they go
     into a linear or convolutional layer, else where a layer or norm puts them out. Groups that no
     layer of torch.nn shows (inside `nn.LSTM` and `nn.MultiheadAttention`), or none without another
-    group that moves (heads over the same units), are matched by their weights, given the others;
-    so are units that never vary, among themselves. Both models run in evaluation mode and are as
-    before afterwards.
+    group that moves (heads over the same units), are matched by their weights, given the others.
+    These also decide between equal correlations, as of units that never vary. Both models run in
+    evaluation mode and are as before afterwards.
 
     Args:
         spec: spec of both models.
@@ -379,9 +373,9 @@ def match_activations(
 
     Example:
         >>> from fl_rebasin import derive_spec
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> spec = derive_spec(net, torch.zeros(1, 2))
-        >>> match_activations(spec, net, net, [torch.eye(2)]).permutation.is_identity
+        >>> match_activations(spec, net, net, [torch.randn(64, 2)]).permutation.is_identity
         True
     """
     states = []

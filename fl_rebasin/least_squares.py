@@ -42,6 +42,8 @@ TINY = 1e-9
 """A unit whose weights are to shrink below this share gets the scale 0 instead."""
 ROUNDING = 1e-13
 """Share of the squared mean below which a variance is rounding."""
+MAX_POSITIONS = 16
+"""Positions of an image at which a convolution is fitted."""
 CHUNK = 2**24
 """Entries of the matrix of a layer's inputs that are held at once."""
 
@@ -216,10 +218,17 @@ def _at(model: nn.Module, name: str, inputs: Any) -> tuple[Tensor, Tensor]:
     raise ValueError(f"{name} is not reached by the forward pass")
 
 
-def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """Yield what the units of a layer see, shape `(samples, features)`, some samples at a time."""
+def _rows(module: nn.Module, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the units of a layer see, some samples at a time, and which results go with it.
+
+    Of an image with many positions only some count, spread evenly: they are much alike.
+
+    Yields:
+        Inputs of shape `(samples, features)`, and for each its row among the layer's results.
+    """
     if isinstance(module, nn.Linear):
-        yield inputs.reshape(-1, inputs.shape[-1])
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        yield rows, torch.arange(len(rows), device=rows.device)
         return
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     line = isinstance(module, nn.Conv1d)
@@ -234,9 +243,16 @@ def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     dilation, padding = on_images(module.dilation, 1), on_images(module.padding, 0)
     stride = on_images(module.stride, 1)
     entries = images.shape[1:].numel() * math.prod(kernel)
+    done = 0
     for part in images.split(max(1, CHUNK // entries)):
-        rows = F.unfold(part, kernel, dilation, padding, stride)
-        yield rows.transpose(1, 2).flatten(0, 1)
+        columns = F.unfold(part, kernel, dilation, padding, stride)
+        count = columns.shape[2]
+        # An odd step goes through all columns of an image whose side is a power of 2.
+        step = 1 if count <= MAX_POSITIONS else math.ceil(count / MAX_POSITIONS) | 1
+        numbers = torch.arange(len(part) * count, device=part.device).view(len(part), count)
+        chosen = columns[:, :, ::step].transpose(1, 2).flatten(0, 1)
+        yield chosen, done + numbers[:, ::step].flatten()
+        done += numbers.numel()
 
 
 def _by_unit(outputs: Tensor, module: nn.Module) -> Tensor:
@@ -305,12 +321,10 @@ def step_sums(merged: nn.Module, own: nn.Module, step: Step, batches: Iterable[A
                 t = t * scale.to(t) + shift.to(t)
             add("count", torch.tensor([len(t)]))
             if step.fitted:
-                done = 0
-                for rows in _rows(module, _wide(x)):
+                for rows, numbers in _rows(module, _wide(x)):
                     rows = F.pad(rows, (0, 1), value=1.0)
                     add("gram", rows.T @ rows)
-                    add("cross", rows.T @ t[done : done + len(rows)])
-                    done += len(rows)
+                    add("cross", rows.T @ t[numbers])
             else:
                 for values, total, squares in (
                     (_by_unit(y, module), "sum", "squares"), (t, "mean", "own squares")
@@ -348,7 +362,7 @@ def own_input_sums(
 
     def watch(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            for rows in _rows(module, _wide(args[0])):
+            for rows, _ in _rows(module, _wide(args[0])):
                 rows = F.pad(rows, (0, 1), value=1.0)
                 new = {"gram": (rows.T @ rows).double(),
                        "count": torch.tensor([float(len(rows))], dtype=torch.float64)}  # fmt: skip

@@ -228,10 +228,19 @@ class Matcher:
             gain = self._objective(group, moved) - self._objective(group, self.weights)
             if gain <= RELATIVE_TOLERANCE * self._scale[group]:
                 return False
+        self._take(moved, move)
+        return True
+
+    def place(self, group: str, index: Tensor) -> None:
+        """Move the units of one group as told, whatever that does to the objective."""
+        move = Permutation({group: index})
+        moved = {key: self.spec.move(key, self.weights[key], move) for key in self._keys[group]}
+        self._take(moved, move)
+
+    def _take(self, moved: Mapping[str, Tensor], move: Permutation) -> None:
         self.weights |= moved
         full = Permutation({**self._still, **move.indices}, self.spec.within)
         self.permutation = full.compose(self.permutation)
-        return True
 
     def start_canonical(self, groups: Iterable[str] | None = None) -> None:
         """Match groups (all by default) once, each only by tensors whose other groups are settled.

@@ -304,6 +304,20 @@ def test_units_that_never_vary_are_matched_by_their_weights() -> None:
     assert match.permutation.compose(planted).is_identity
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_model_matches_itself_on_however_few_data(count: int) -> None:
+    """Of two samples all correlations are 1, 0 or -1: units stay."""
+    for seed in range(5):
+        model = seeded(
+            lambda: nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 9), nn.ReLU(),
+                                  nn.Linear(9, 3)),
+            seed,
+        )  # fmt: skip
+        spec = derive_spec(model, torch.zeros(1, 4))
+        match = match_activations(spec, model, model, [rows(count, seed=0) - 2])
+        assert match.permutation.is_identity
+
+
 def test_groups_that_nothing_shows_are_matched_by_their_weights() -> None:
     entry = ZOO["lstm-two-layers"]
     spec, model = spec_of(entry), lively(entry, 1)

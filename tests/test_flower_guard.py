@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 from fl_rebasin.flower import BatchNormRecalibration, ReBasinStrategy, add_guard_handler
-from fl_rebasin.heads import class_aware_head
+from fl_rebasin.heads import class_aware_head, without_label_prior
 from fl_rebasin.least_squares import fit_least_squares
 from fl_rebasin.merging import align_to_heaviest, average, merge_many
 
@@ -189,18 +189,38 @@ def test_least_squares_and_heads_are_tried_on_each() -> None:
     ]
     models = dict(zip(names, offered(world), strict=True))
     tables = [torch.tensor(each) for each in counts.values()]
+    everybody = sum(tables)
     for candidate, aligned in candidates().items():
         plain = average(aligned, list(WEIGHTS.values()))
+        corrected = [
+            without_label_prior(model, own, everybody, "6.bias")
+            for model, own in zip(aligned, tables, strict=True)
+        ]
         expected = {
             "": plain,
             "+heads": class_aware_head(plain, aligned, tables, "6.weight", "6.bias"),
-            "+lsq": fit_least_squares(ZOO[NET].build(), plain, aligned, list(data.values())),
+            "+lsq": fit_least_squares(ZOO[NET].build(), plain, corrected, list(data.values())),
         }
         for variant, model in expected.items():
             assert_same(models[candidate + variant], model, rtol=2e-4, atol=2e-5)
     # What was asked three times is added up.
     assert metrics["least-squares-messages"] == 9
     assert metrics["least-squares-bytes"] == world.bytes_of("least_squares")
+
+
+def test_bad_label_counts_are_named_once_for_all_candidates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strategy = guarded(least_squares="one-pass", label_counts="labels")
+    counts = {1: [9, 0, 1, 5], 2: [0, -3, 20, 1], ODD_NODE: [1, 1, 1, 0]}
+    world = Federation(
+        {node_id: client(ZOO[NET].build, batches_of((3, 2, 2), [9], seed=1), held_back(node_id))
+         for node_id in WEIGHTS}
+    )  # fmt: skip
+    run_round(strategy, world, labels=counts)
+    assert len(offered(world)) == 9
+    (line,) = dropped(caplog)
+    assert line.startswith("label counts of node 2 dropped: ")
 
 
 def test_candidates_have_batchnorm_statistics_of_their_own() -> None:

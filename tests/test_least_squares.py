@@ -30,7 +30,14 @@ from fl_rebasin.least_squares import (
 from fl_rebasin.merging import average
 
 State = dict[str, Tensor]
+SOME_POSITIONS = least_squares.MAX_POSITIONS
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@pytest.fixture(autouse=True)
+def all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every position of an image counts, but where a test says otherwise."""
+    monkeypatch.setattr(least_squares, "MAX_POSITIONS", 10**6)
 
 
 def entry_of(build: Callable[[], nn.Module], *shape: int) -> Entry:
@@ -245,6 +252,31 @@ def test_one_layer_is_that_of_numpy(name: str, one_pass: bool, ridge: float) -> 
     np.testing.assert_allclose(weight, expected[: len(weight)], rtol=1e-7, atol=1e-9)
     if has_bias:
         np.testing.assert_allclose(found["0.bias"].numpy(), expected[-1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("chunk", [least_squares.CHUNK, 1])
+def test_of_large_images_evenly_spread_positions_count(
+    chunk: int, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(least_squares, "MAX_POSITIONS", SOME_POSITIONS)
+    monkeypatch.setattr(least_squares, "CHUNK", chunk)
+    entry = entry_of(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), 4, 2, 8, 8)
+    own, merged = lively(entry, 0), lively(entry, 1)
+    (batch,) = batches_of(entry, 2)
+    (step,) = plan(own, batch)
+    if one_pass:
+        sums = own_input_sums(own, [step], [batch])["0"]
+    else:
+        sums = step_sums(merged, own, step, [batch])
+    # 64 positions are more than 16: every fifth, so that all columns have their turn.
+    rows = rows_by_hand(own[0], batch.numpy()).reshape(4, 64, -1)[:, ::5]
+    with torch.no_grad():
+        results = places(own(batch), own[0]).reshape(4, 64, -1)[:, ::5]
+    rows, results = (each.reshape(-1, each.shape[2]) for each in (rows, results))
+    ones = np.concatenate([rows, np.ones((len(rows), 1))], 1)
+    np.testing.assert_allclose(sums["gram"].numpy(), ones.T @ ones, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sums["cross"].numpy(), ones.T @ results, rtol=1e-9, atol=1e-9)
 
 
 # --- whole nets --------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_rules_are_read(text: str, split: Split) -> None:
     "split", ["", "IID", "20:80", "-20-120", "1000-20", "20-80-0", "dirichlet"]
 )
 def test_unknown_split_is_named_with_the_known_ones(split: str) -> None:
-    words = f"unknown split {split!r}: use 20-80 .* 50-50 .* iid or dirichlet:ALPHA"
+    words = f"unknown split {split!r}: use 20-80 .* 50-50 .* iid, dirichlet:ALPHA or all"
     with pytest.raises(UserError, match=words):
         parse_split(split)
 

@@ -117,6 +117,22 @@ def test_the_best_of_all_permutations_is_found_where_weights_mislead(
     assert tuple(match.permutation["0"].tolist()) == best
 
 
+def test_more_epochs_are_never_worse() -> None:
+    """Of all epochs the best is kept, not the last that beats the start."""
+    batches = blobs()
+    for seeds in ((1, 2), (4, 14), (8, 18)):
+        left, right = (trained(seed, width=6) for seed in seeds)
+        spec = derive_spec(left, torch.zeros(2, 2))
+        start = random_order(spec, 0)
+        losses = []
+        for epochs in range(5):
+            found = match_straight_through(
+                spec, left, right, batches, epochs=epochs, learning_rate=0.5, start=start
+            )
+            losses.append(midpoint_loss(spec, left, right, found.permutation, batches))
+        assert losses == sorted(losses, reverse=True)
+
+
 def test_the_start_is_taken_as_it_is(
     pair: tuple[PermutationSpec, nn.Module, nn.Module],
 ) -> None:
@@ -322,8 +338,9 @@ def test_what_cannot_run_is_named(
     bad = copy.deepcopy(left)
     with torch.no_grad():
         bad[0].bias[1] = float("inf")
-    with pytest.raises(SpecError, match=f"{side}: 0.bias holds NaN"):
-        match_straight_through(spec, batches=blobs(), **{**given, side: bad})
+    for start in (None, spec.identity()):
+        with pytest.raises(SpecError, match=f"{side}: 0.bias holds NaN"):
+            match_straight_through(spec, batches=blobs(), start=start, **{**given, side: bad})
 
 
 def test_a_start_of_another_spec_is_named(

@@ -205,6 +205,7 @@ class ReBasinStrategy(WrappedStrategy):
         candidates = {"aligned": orders}
         if self.guard and not _still(orders):
             candidates |= self._alternatives(clients, orders)
+        counts = {} if self._head is None else self._counts(clients)
         results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
         for name, order in candidates.items():
             # Each candidate is aggregated by a strategy of its own, which may have a memory.
@@ -217,7 +218,7 @@ class ReBasinStrategy(WrappedStrategy):
             if arrays is None:
                 continue
             arrays = like_global(arrays, self._arrays)
-            for variant, made in self._variants(clients, order, arrays, own).items():
+            for variant, made in self._variants(clients, order, arrays, counts, own).items():
                 results[name + variant] = made, metrics, trial
         if not results:
             self._adopt(trial)
@@ -328,6 +329,7 @@ class ReBasinStrategy(WrappedStrategy):
         clients: Sequence[ClientModel],
         orders: Sequence[Permutation],
         arrays: ArrayRecord,
+        counts: Mapping[int, Tensor],
         own: Metrics,
     ) -> dict[str, ArrayRecord]:
         """Return what is made of one aggregated model, by the end of its name."""
@@ -335,12 +337,11 @@ class ReBasinStrategy(WrappedStrategy):
         fitted = self.least_squares != "none"
         if self.guard or not fitted:
             variants[""] = self._recalibrated(clients, arrays, own)
-        if variants and self._head is not None:
-            headed = self._with_head(clients, orders, variants[""])
-            if headed is not None:
-                variants = {**variants, "+heads": headed} if self.guard else {"": headed}
+        if variants and counts:
+            headed = self._with_head(clients, orders, variants[""], counts)
+            variants = {**variants, "+heads": headed} if self.guard else {"": headed}
         if fitted:
-            found = self._fitted(clients, orders, arrays, own)
+            found = self._fitted(clients, orders, arrays, counts, own)
             if found is not None:
                 variants["+lsq" if self.guard else ""] = found
         # Where nobody answered, the average needs what it gets without least squares.
@@ -361,12 +362,12 @@ class ReBasinStrategy(WrappedStrategy):
         clients: Sequence[ClientModel],
         orders: Sequence[Permutation],
         arrays: ArrayRecord,
+        counts: Mapping[int, Tensor],
         own: Metrics,
     ) -> ArrayRecord | None:
         """Return the model fitted by least squares, or None if no client answers well."""
         if self._grid is None:
             return None
-        counts = self._counts(clients) if self._head is not None else {}
         models = {}
         for client, permutation in zip(clients, orders, strict=True):
             state_dict = self.spec.apply(permutation, client.state_dict)
@@ -388,12 +389,10 @@ class ReBasinStrategy(WrappedStrategy):
         clients: Sequence[ClientModel],
         orders: Sequence[Permutation],
         arrays: ArrayRecord,
-    ) -> ArrayRecord | None:
-        """Return the model with a class-aware head, or None if nobody reports label counts."""
+        counts: Mapping[int, Tensor],
+    ) -> ArrayRecord:
+        """Return the model with a class-aware head, of those who report label counts."""
         assert self._head is not None
-        counts = self._counts(clients)
-        if not counts:
-            return None
         models = [
             self.spec.apply(permutation, client.state_dict)
             for client, permutation in zip(clients, orders, strict=True)
