@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import experiment.quiet  # noqa: F401
-from experiment.cli import Parser, check_seeds, check_writable, main
+from experiment.cli import Parser, check_seeds, check_writable, run_program
 from experiment.data import DATASET_CHOICES, Dataset, load_dataset
 from experiment.errors import UserError
 from experiment.methods import METHODS, chosen_methods
@@ -221,5 +221,10 @@ def run(argv: list[str]) -> None:
     console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
 
 
+def main() -> None:
+    """Run as a program."""
+    run_program(run)
+
+
 if __name__ == "__main__":
-    main(run)
+    main()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import experiment.quiet  # noqa: F401
-from experiment.cli import Parser, check_seeds, check_writable, main
+from experiment.cli import Parser, check_seeds, check_writable, run_program
 from experiment.data import load_mnist
 from experiment.methods import METHODS, chosen_methods
 from experiment.report import print_table, summarise, versions, write_json
@@ -120,5 +120,10 @@ def run(argv: list[str]) -> None:
     console.print(f"written: {options.out}/results.json, flower-SETTING.log")
 
 
+def main() -> None:
+    """Run as a program."""
+    run_program(run)
+
+
 if __name__ == "__main__":
-    main(run)
+    main()

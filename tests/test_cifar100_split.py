@@ -15,9 +15,10 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "cifar100_split.py"
 PACKED = Path(__file__).parents[2] / "shared" / "data" / "unpack.py"
-METHODS = {
-    "client-0", "client-1", "best-client-debiased", "naive", "naive+bn", "rebasin", "rebasin+bn",
-    "ensemble-prob", "ensemble-logit", "oracle",
+BARRIERS = {"naive", "naive+bn", "rebasin", "rebasin+bn"}
+GOING_ON = {"naive+lsq", "rebasin+lsq", "rebasin+guard"}
+METHODS = BARRIERS | GOING_ON | {
+    "client-0", "client-1", "best-client-debiased", "ensemble-prob", "ensemble-logit", "oracle",
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_results_have_every_method_and_measure(real_run: tuple[dict[str, Any], P
         assert 0 <= row["ece"] <= 1
         assert len(row["part_accuracy"]) == 2
         assert results["summary"][name]["joint_accuracy"] == [row["joint_accuracy"], None]
-        assert ("loss_barrier" in row) == name.startswith(("naive", "rebasin"))
+        assert ("loss_barrier" in row) == (name in BARRIERS)
     for kind in ("naive", "rebasin"):
         assert only["barrier"][kind].keys() == {"loss", "accuracy"}
         assert len(only["curves"][kind]["losses"]) == 25
@@ -77,13 +78,15 @@ def test_rounds_say_what_both_arms_did(real_run: tuple[dict[str, Any], Path]) ->
     (only,) = real_run[0]["runs"]
     first, second = only["rounds"]
     assert [first["round"], second["round"]] == [1, 2]
-    for arm in ("naive+bn", "rebasin+bn"):
+    assert first.keys() - second.keys() == {"rebasin-activation+bn", "rebasin-ste+bn"}
+    for arm in {"naive+bn", "rebasin+bn", *GOING_ON}:
         # The rows are the models after the last round.
         assert only["methods"][arm]["joint_accuracy"] == second[arm]["joint_accuracy"]
     assert second["rebasin+bn"]["train"]["rebasin-units-moved"] >= 0
     assert "rebasin-units-moved" not in second["naive+bn"]["train"]
     if real_run[0]["config"]["norm"] == "batch":
         assert first["rebasin+bn"]["train"]["batchnorm-clients"] == 2
+        assert first["rebasin+lsq"]["train"]["least-squares-clients"] == 2
         assert second["naive+bn"]["train"]["batchnorm-clients"] == 2
 
 
@@ -101,6 +104,8 @@ def test_rounds_say_what_both_arms_did(real_run: tuple[dict[str, Any], Path]) ->
         (["--limit", "-1"], "--limit -1 is too small"),
         (["--seeds", "-1"], "--seeds -1 is negative"),
         (["--seeds", "1", "1"], "repeats a seed"),
+        (["--methods", "fedavg"], "--methods fedavg is unknown: use some of naive, naive+bn"),
+        (["--methods", "naive+lsq", "naive+lsq"], "repeats a name: give each once"),
         (["--split", "30-80"], "'30-80' adds up to 110"),
         (["--split", "dirichlet:0"], "'dirichlet:0': ALPHA must be"),
         (["--split", "sorted"], "unknown split 'sorted'"),

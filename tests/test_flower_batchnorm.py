@@ -337,21 +337,21 @@ def test_layer_that_inference_never_runs_keeps_its_statistics() -> None:
 
 
 def test_layer_that_one_client_lacks_is_pooled_from_the_rest() -> None:
-    def without_the_last(content: RecordDict) -> None:
+    def without_the_first(content: RecordDict) -> None:
         for key in ("count", "mean", "variance"):
-            content.array_records["statistics"].pop(f"6.{key}")
+            content.array_records["statistics"].pop(f"2.{key}")
         content.array_records["statistics"]["9.mean"] = Array(np.full(5, np.nan))
 
     arrays = ArrayRecord(state_of(lively(NET, 0)))
     world = federation(NET, client_data(NET))
     everybody, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
     others, _ = recalibrate_on_clients(world.grid, [1, 2], NET.build(), arrays)
-    world.apps[3] = answer_with(without_the_last)
+    world.apps[3] = answer_with(without_the_first)
     result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
     assert metrics["batchnorm-clients"] == 3
     for key in STATISTICS:
-        assert result[f"2.{key}"] == everybody[f"2.{key}"] != others[f"2.{key}"]
-        assert result[f"6.{key}"] == others[f"6.{key}"] != everybody[f"6.{key}"]
+        assert result[f"2.{key}"] == others[f"2.{key}"] != everybody[f"2.{key}"]
+        assert result[f"6.{key}"] == everybody[f"6.{key}"] != others[f"6.{key}"]
 
 
 def as_mock(reply: Message) -> Message:

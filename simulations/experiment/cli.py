@@ -41,7 +41,7 @@ def check_writable(out: Path) -> None:
         ) from error
 
 
-def main(run: Callable[[list[str]], None]) -> None:
+def run_program(run: Callable[[list[str]], None]) -> None:
     """Run as a program: exit code 2 and one line for a wrong input, 130 for Ctrl-C."""
     try:
         run(sys.argv[1:])

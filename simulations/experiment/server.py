@@ -30,8 +30,7 @@ class Federation:
         clients: The clients' models after the first round, trained apart.
         aligned: The same models with their units permuted.
         merged: After the first round `naive`, `rebasin`, `naive+bn`, `rebasin+bn` and the chosen
-            methods; with more rounds the same names after the last one, each arm that goes on
-            going on from its own model.
+            methods; with more rounds those that go on, each from its own model, after the last.
         rounds: For each round, for each arm, what `evaluate` said of its model and the aggregated
             training metrics.
     """
@@ -144,8 +143,9 @@ def run_federation(
     going_on = {"naive+bn": arms["naive+bn"], "rebasin+bn": rebasin} | {
         name: arms[name] for name in settings.methods if name in ORDINARY
     }
-    for name in results.keys() - going_on.keys():
-        del results[name]
+    if settings.rounds > 1:
+        for name in results.keys() - going_on.keys():
+            del results[name], federation.merged[name]
     for stage in range(2, settings.rounds + 1):
         for arm, strategy in going_on.items():
             results[arm] = _one_round(
