@@ -116,9 +116,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
+        default=["rebasin+lsq"],
         metavar="M",
-        help="rows of the table beside naive averaging and rebasin: "
-        f"{', '.join(METHODS)} (default: all)",
+        help="rows of the table beside naive averaging and rebasin: all, or some of "
+        f"{', '.join(METHODS)} (default: rebasin+lsq)",
     )
     add(
         "--no-oracle",

@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="one repetition each (default: 0)")  # fmt: skip
     add("--settings", nargs="+", choices=[*SETTINGS, MERGE_MANY], default=[*SETTINGS, MERGE_MANY],
         help="which of the settings (default: all)")  # fmt: skip
-    add("--methods", nargs="+", metavar="M",
+    add("--methods", nargs="+", default=["all"], metavar="M",
         help="rows of the table beside naive averaging and rebasin: "
         f"{', '.join(METHODS)} (default: all)")  # fmt: skip
     return parser.parse_args(argv)

@@ -47,7 +47,8 @@ def real_run(
         ]
     else:
         data = ["--dataset", "digits"]
-    done = run(*data, "--epochs", "2", "--rounds", "2", "--init", "shared", "--out", str(out))
+    options = ["--epochs", "2", "--rounds", "2", "--init", "shared", "--methods", "all"]
+    done = run(*data, *options, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "rebasin+bn" in done.stdout
     assert "joint accuracy in % by round" in done.stdout
@@ -104,7 +105,7 @@ def test_rounds_say_what_both_arms_did(real_run: tuple[dict[str, Any], Path]) ->
         (["--limit", "-1"], "--limit -1 is too small"),
         (["--seeds", "-1"], "--seeds -1 is negative"),
         (["--seeds", "1", "1"], "repeats a seed"),
-        (["--methods", "fedavg"], "--methods fedavg is unknown: use some of naive, naive+bn"),
+        (["--methods", "fedavg"], "--methods fedavg is unknown: use all, or some of naive, "),
         (["--methods", "naive+lsq", "naive+lsq"], "repeats a name: give each once"),
         (["--split", "30-80"], "'30-80' adds up to 110"),
         (["--split", "dirichlet:0"], "'dirichlet:0': ALPHA must be"),

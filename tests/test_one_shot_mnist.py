@@ -37,7 +37,7 @@ def test_least_squares_merges_small_clients_where_the_average_fails(tmp_path: Pa
     ("arguments", "words"),
     [
         (["--settings", "all"], "'all' (choose from"),
-        (["--methods", "best"], "--methods best is unknown: use some of"),
+        (["--methods", "best"], "--methods best is unknown: use all, or some of"),
         (["--seeds", "-1"], "--seeds -1 is negative"),
     ],
 )

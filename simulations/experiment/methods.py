@@ -25,17 +25,17 @@ ORDINARY = ("naive+lsq", "rebasin+lsq", "rebasin+guard")
 """Those that go on, as arms of their own, in ordinary rounds."""
 
 
-def chosen_methods(names: list[str] | None) -> tuple[str, ...]:
-    """Return the methods to compare beside those that every table has; all for None.
+def chosen_methods(names: list[str]) -> tuple[str, ...]:
+    """Return the methods to compare beside those that every table has; `all` is all of them.
 
     Raises:
         UserError: A name is unknown, or given twice.
     """
-    if names is None:
+    if names == ["all"]:
         return tuple(METHODS)
     known = (*ALWAYS, *METHODS)
     if odd := [name for name in names if name not in known]:
-        raise UserError(f"--methods {odd[0]} is unknown: use some of {', '.join(known)}")
+        raise UserError(f"--methods {odd[0]} is unknown: use all, or some of {', '.join(known)}")
     if len(set(names)) < len(names):
         raise UserError(f"--methods {' '.join(names)} repeats a name: give each once")
     return tuple(name for name in METHODS if name in names)
