@@ -247,12 +247,19 @@ def _rows(module: nn.Module, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for part in images.split(max(1, CHUNK // entries)):
         columns = F.unfold(part, kernel, dilation, padding, stride)
         count = columns.shape[2]
-        # An odd step goes through all columns of an image whose side is a power of 2.
-        step = 1 if count <= MAX_POSITIONS else math.ceil(count / MAX_POSITIONS) | 1
+        step = _spread(count)
         numbers = torch.arange(len(part) * count, device=part.device).view(len(part), count)
         chosen = columns[:, :, ::step].transpose(1, 2).flatten(0, 1)
         yield chosen, done + numbers[:, ::step].flatten()
         done += numbers.numel()
+
+
+def _spread(count: int) -> int:
+    """Return a step that leaves about `MAX_POSITIONS` of so many positions, in all columns."""
+    step = max(1, math.ceil(count / MAX_POSITIONS))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
 
 
 def _by_unit(outputs: Tensor, module: nn.Module) -> Tensor:

@@ -254,6 +254,17 @@ def test_one_layer_is_that_of_numpy(name: str, one_pass: bool, ridge: float) -> 
         np.testing.assert_allclose(found["0.bias"].numpy(), expected[-1], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("side", [1, 4, 5, 8, 14, 28, 30, 32, 112])
+def test_positions_that_count_are_few_and_in_every_column(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(least_squares, "MAX_POSITIONS", SOME_POSITIONS)
+    chosen = range(0, side * side, least_squares._spread(side * side))
+    assert min(side * side, 8) <= len(chosen) <= SOME_POSITIONS
+    columns = {position % side for position in chosen}
+    assert len(columns) >= min(side, len(chosen) // 2)
+
+
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("chunk", [least_squares.CHUNK, 1])
 def test_of_large_images_evenly_spread_positions_count(
