@@ -34,9 +34,9 @@ from zoo import ZOO
 from fl_rebasin import PermutationSpec
 from fl_rebasin.flower import ReBasinStrategy
 
-CLIENTS = 7
-WEIGHTS = dict(enumerate((3, 5, 4, 6, 2, 7, 1), start=1))
-LOSSES = dict(enumerate((0.5, 0.9, 0.2, 0.4, 1.5, 0.8, 0.6), start=1))
+CLIENTS = 5
+WEIGHTS = dict(enumerate((3, 5, 4, 6, 2), start=1))
+LOSSES = dict(enumerate((0.5, 0.9, 0.2, 0.4, 1.5), start=1))
 OWN_METRICS = {
     "rebasin-similarity-before",
     "rebasin-similarity-after",
@@ -44,7 +44,7 @@ OWN_METRICS = {
     "rebasin-sweeps",
     "rebasin-seconds",
 }
-NORM_BITS = dict(enumerate((1, 0, 1, 1, 0, 1, 1), start=1))
+NORM_BITS = dict(enumerate((1, 0, 1, 1, 0), start=1))
 
 
 @pytest.fixture(autouse=True)
@@ -141,9 +141,9 @@ PRIVATE = {
 }
 # Integer buffers are averaged, too, but would be most of the norm of an update.
 CASES = {
-    **{f"{net}-{name}": (net, pair) for net in ("mlp", "residual-batchnorm")
-       for name, pair in PLAIN.items()},
-    **{f"mlp-{name}": ("mlp", pair) for name, pair in PRIVATE.items()},
+    **{f"mlp-{name}": ("mlp", pair) for name, pair in {**PLAIN, **PRIVATE}.items()},
+    **{f"residual-batchnorm-{name}": ("residual-batchnorm", pair) for name, pair in PLAIN.items()
+       if name not in ("FedAdagrad", "FedYogi")},
 }  # fmt: skip
 
 

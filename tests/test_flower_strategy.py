@@ -437,6 +437,18 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
 }
 
 
+@cache
+def good_replies(kind: str) -> list[Message]:
+    moved = shuffled(BAD_NET, neighbours(BAD_NET, start(BAD_NET)), seed=3)
+    return replies_of(moved, kind=KINDS[kind])
+
+
+@cache
+def result_of_good_replies(kind: str) -> tuple[ArrayRecord | None, dict[str, Any]]:
+    result, metrics = one_round(rebasin(BAD_NET), ArrayRecord(start(BAD_NET)), good_replies(kind))
+    return result, lasting(metrics)
+
+
 def bad_reply(change: Callable[[RecordDict], object], kind: str = "real") -> Message:
     content = content_of(near(start(BAD_NET), 9), 5, loss=2.5)
     change(content)
@@ -449,17 +461,15 @@ def test_bad_reply_is_dropped_and_named(
     case: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, words = BAD[case]
-    model = ArrayRecord(start(BAD_NET))
-    moved = shuffled(BAD_NET, neighbours(BAD_NET, tensors(model)), seed=3)
-    good = replies_of(moved, kind=KINDS[kind])
-    expected, expected_metrics = one_round(rebasin(BAD_NET), model, good)
-    assert not caplog.messages or "dropped" not in caplog.text
+    good = good_replies(kind)
+    expected, expected_metrics = result_of_good_replies(kind)
+    assert "dropped" not in caplog.text
 
     spy = Spy()
     mixed = [good[0], bad_reply(change, kind), *good[1:]]
-    result, metrics = one_round(rebasin(BAD_NET, spy), model, mixed)
+    result, metrics = one_round(rebasin(BAD_NET, spy), ArrayRecord(start(BAD_NET)), mixed)
     assert_bitwise(result, expected)
-    assert lasting(metrics) == lasting(expected_metrics)
+    assert lasting(metrics) == expected_metrics
     assert [message.metadata.src_node_id for message in spy.seen] == [1, 2, 3]
     (line,) = [record for record in caplog.records if "dropped" in record.getMessage()]
     assert line.levelno == logging.WARNING
