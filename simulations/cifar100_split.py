@@ -116,10 +116,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
-        default=["rebasin+lsq"],
+        default=[],
         metavar="M",
         help="rows of the table beside naive averaging and rebasin: all, or some of "
-        f"{', '.join(METHODS)} (default: rebasin+lsq)",
+        f"{', '.join(METHODS)} (default: none)",
     )
     add(
         "--no-oracle",

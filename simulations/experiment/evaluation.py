@@ -22,7 +22,7 @@ from fl_rebasin.metrics import (
     log_loss,
 )
 
-CURVE_STATISTICS_IMAGES = 500
+CURVE_STATISTICS_IMAGES = 1000
 """Training images that BatchNorm statistics are re-estimated on at each point of a curve."""
 
 

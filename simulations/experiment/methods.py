@@ -9,6 +9,9 @@ from experiment.errors import UserError
 LABEL_COUNTS = "label-counts"
 """Metric of the replies: training images of each class."""
 
+GUARD = "rebasin+guard"
+"""The method for which clients hold back images."""
+
 _FITTED = {"least_squares": "layerwise", "label_counts": LABEL_COUNTS}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -16,12 +19,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "rebasin-ste+bn": {"matching": "straight-through"},
     "naive+lsq": {"matching": "none", **_FITTED},
     "rebasin+lsq": {"matching": "activations-then-weights", **_FITTED},
-    "rebasin+guard": {"matching": "activations-then-weights", **_FITTED, "guard": True},
+    GUARD: {"matching": "activations-then-weights", **_FITTED, "guard": True},
 }
 """Options of `ReBasinStrategy` by the name of the row; what the table always has is not here."""
 
 ALWAYS = ("naive", "naive+bn", "rebasin", "rebasin+bn")
-ORDINARY = ("naive+lsq", "rebasin+lsq", "rebasin+guard")
+ORDINARY = ("naive+lsq", "rebasin+lsq", GUARD)
 """Those that go on, as arms of their own, in ordinary rounds."""
 
 

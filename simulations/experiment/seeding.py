@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from experiment.data import Dataset
+from experiment.methods import GUARD
 from experiment.settings import Settings
 from experiment.splits import split_indices
 
@@ -48,10 +49,13 @@ def held_back(part: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], ND
 def client_parts(
     settings: Settings, dataset: Dataset, seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return the images that each client trains on, and those that it holds back."""
+    """Return the images that each client trains on, and those that it holds back for the guard."""
+    parts = client_indices(settings, dataset, seed)
+    if GUARD not in settings.methods:
+        return [(part, part[:0]) for part in parts]
     return [
         held_back(part, derived_seed(seed, "held back", client))
-        for client, part in enumerate(client_indices(settings, dataset, seed))
+        for client, part in enumerate(parts)
     ]
 
 
