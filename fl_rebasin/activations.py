@@ -20,7 +20,7 @@ from fl_rebasin.matching import (
     Match,
     Matcher,
     best_match,
-    check_finite,
+    checked_state,
     cosine,
     pieces,
     weights_of,
@@ -378,18 +378,12 @@ def match_activations(
         >>> match_activations(spec, net, net, [torch.randn(64, 2)]).permutation.is_identity
         True
     """
-    states = []
-    for name, model in (("reference", reference), ("other", other)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{name} must be a module, so that it can run, got {type(model).__name__}"
-            )
-        states.append({key: value.detach() for key, value in model.state_dict().items()})
-        check_finite(spec, states[-1], name)
+    fixed = checked_state(spec, reference, "reference")
+    moving = checked_state(spec, other, "other")
     correlated = correlations(spec, reference, other, batches)
     found, silent = assign_correlated(spec, correlated)
-    matcher = settle(spec, states[0], states[1], found, correlated, silent)
-    before = cosine(weights_of(spec, states[0]), weights_of(spec, states[1]))
+    matcher = settle(spec, fixed, moving, found, correlated, silent)
+    before = cosine(weights_of(spec, fixed), weights_of(spec, moving))
     return Match(
         permutation=matcher.permutation,
         similarity=cosine(matcher.target, matcher.weights),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fl_rebasin.modes import evaluating
 from fl_rebasin.spec import like
 
 MIN_VARIANCE = 1e-12
@@ -46,19 +47,16 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 def _observing(model: nn.Module, frozen: bool) -> Iterator[None]:
     """In evaluation mode, BatchNorm layers in training mode unless frozen; as before afterwards."""
     layers = batchnorm_layers(model)
-    modes = {name: module.training for name, module in model.named_modules()}
     buffers = {name: copy.deepcopy(dict(layer.named_buffers())) for name, layer in layers.items()}
-    model.eval()
-    for layer in layers.values():
-        layer.train(not frozen)
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes[name]
-        for name, layer in layers.items():
-            for key, value in buffers[name].items():
-                layer.get_buffer(key).copy_(value)
+    with evaluating(model):
+        for layer in layers.values():
+            layer.train(not frozen)
+        try:
+            yield
+        finally:
+            for name, layer in layers.items():
+                for key, value in buffers[name].items():
+                    layer.get_buffer(key).copy_(value)
 
 
 def batchnorm_statistics(

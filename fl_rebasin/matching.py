@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_rebasin.assignment import assign, assign_blocks
 from fl_rebasin.axes import Axis, Cat, Group, Parted, Prod, cut_axis, groups_of
@@ -41,6 +41,20 @@ def check_finite(spec: PermutationSpec, state_dict: StateDict, name: str) -> Non
     for key in spec.axes:
         if not bool(torch.isfinite(state_dict[key]).all()):
             raise SpecError(f"{name}: {key} holds NaN or infinite values")
+
+
+def checked_state(spec: PermutationSpec, model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the state dict of a module that fits the spec and whose values are finite.
+
+    Raises:
+        TypeError: it is no module.
+        SpecError: it does not fit the spec, or holds NaN or infinite values.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a module, so that it can run, got {type(model).__name__}")
+    state_dict = {key: value.detach() for key, value in model.state_dict().items()}
+    check_finite(spec, state_dict, name)
+    return state_dict
 
 
 def weights_of(spec: PermutationSpec, state_dict: StateDict) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fl_rebasin.matching import Match, Matcher, check_finite, cosine, match_weights, weights_of
+from fl_rebasin.matching import Match, Matcher, checked_state, cosine, match_weights, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
@@ -65,15 +65,8 @@ def match_straight_through(
     """
     if not len(batches):
         raise ValueError("no batch to learn the permutation from")
-    states = []
-    for name, model in (("reference", reference), ("other", other)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{name} must be a module, so that it can run, got {type(model).__name__}"
-            )
-        states.append({key: value.detach().clone() for key, value in model.state_dict().items()})
-        check_finite(spec, states[-1], name)
-    fixed, moving = states
+    fixed = checked_state(spec, reference, "reference")
+    moving = checked_state(spec, other, "other")
     weights = weights_of(spec, moving)
     if start is None:
         match = match_weights(spec, fixed, moving)

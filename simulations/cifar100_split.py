@@ -25,14 +25,13 @@ from experiment.report import (
     print_table,
     summarise,
     versions,
+    wide,
     write_json,
 )
 from experiment.seeding import client_indices, shared_model
 from experiment.settings import Settings
 from experiment.simulate import simulate
 from rich.console import Console
-
-TABLE_WIDTH = 132
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -185,8 +184,6 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
 def run(argv: list[str]) -> None:
     """Do everything; raise `UserError` for a wrong input before anything is written."""
     console = Console()
-    # The table needs the room; a narrower screen wraps or scrolls it.
-    wide = Console(width=max(console.width, TABLE_WIDTH))
     options = parse(argv)
     check_numbers(options)
     dataset = load_dataset(options.dataset, options.data_dir)
@@ -216,9 +213,9 @@ def run(argv: list[str]) -> None:
     }
     write_json(options.out / "results.json", results)
     draw_interpolation(options.out / "interpolation.png", results)
-    print_table(wide, results)
+    print_table(wide(console), results)
     if settings.rounds > 1:
-        print_rounds(wide, runs)
+        print_rounds(wide(console), runs)
     console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
 
 

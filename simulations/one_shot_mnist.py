@@ -17,13 +17,12 @@ import experiment.quiet  # noqa: F401
 from experiment.cli import Parser, check_seeds, check_writable, run_program
 from experiment.data import load_mnist
 from experiment.methods import METHODS, chosen_methods
-from experiment.report import print_table, summarise, versions, write_json
+from experiment.report import print_table, summarise, versions, wide, write_json
 from experiment.settings import Settings
 from experiment.simulate import simulate
 from experiment.training import Recipe
 from rich.console import Console
 
-TABLE_WIDTH = 132
 SETTINGS = {"iid": "iid", "dirichlet-0.5": "dirichlet:0.5", "dirichlet-0.1": "dirichlet:0.1"}
 MERGE_MANY = "merge-many-5"
 SMALL = Recipe(3e-3, 3e-3, batch_size=50, flip=False)
@@ -81,7 +80,6 @@ def settings_of(name: str, options: argparse.Namespace) -> Settings:
 def run(argv: list[str]) -> None:
     """Do everything; raise `UserError` for a wrong input before anything is written."""
     console = Console()
-    wide = Console(width=max(console.width, TABLE_WIDTH))
     options = parse(argv)
     check_seeds(options.seeds)
     experiments = {name: settings_of(name, options) for name in options.settings}
@@ -100,7 +98,7 @@ def run(argv: list[str]) -> None:
         summary[name] = summarise(found)
         config = asdict(settings)
         print_table(
-            wide,
+            wide(console),
             {"dataset": f"mnist {name}", "note": "", "config": config, "summary": summary[name]},
         )
     config = asdict(replace(experiments[options.settings[0]], data_dir=Path()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from zoo import Entry
+from zoo import ZOO, Entry
 
 from fl_rebasin import PermutationSpec, derive_spec
 
@@ -78,3 +79,19 @@ def assert_same(
         torch.testing.assert_close(
             left[key], right[key], **tolerance, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def near(state: State, seed: int, scale: float = 1e-3) -> State:
+    """A state dict close by, as after a little training; integers count on."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: value + scale * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value + 3 * seed + seed**2
+        for key, value in state.items()
+    }
+
+
+@cache
+def named_spec(name: str) -> PermutationSpec:
+    return spec_of(ZOO[name])

@@ -28,10 +28,9 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, random_state, spec_of
+from helpers import State, assert_same, named_spec, near, random_state
 from zoo import ZOO
 
-from fl_rebasin import PermutationSpec
 from fl_rebasin.flower import ReBasinStrategy
 
 CLIENTS = 5
@@ -79,11 +78,6 @@ CLIPPING: dict[str, Callable[[Strategy], Strategy]] = {
         inner, NOISE, num_sampled_clients=CLIENTS, initial_clipping_norm=0.01
     ),
 }
-
-
-@cache
-def named_spec(name: str) -> PermutationSpec:
-    return spec_of(ZOO[name])
 
 
 @cache
@@ -145,17 +139,6 @@ CASES = {
     **{f"residual-batchnorm-{name}": ("residual-batchnorm", pair) for name, pair in PLAIN.items()
        if name not in ("FedAdagrad", "FedYogi")},
 }  # fmt: skip
-
-
-def near(state: State, seed: int, scale: float = 1e-3) -> State:
-    """A state dict close by, as after a little training; integers count on."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: value + scale * torch.randn(value.shape, generator=generator)
-        if value.is_floating_point()
-        else value + 3 * seed + seed**2
-        for key, value in state.items()
-    }
 
 
 def neighbours(model: State, server_round: int) -> dict[int, State]:

@@ -37,7 +37,7 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, random_state, spec_of
+from helpers import State, assert_same, named_spec, near, random_state
 from torch import nn
 from zoo import ZOO
 
@@ -128,22 +128,6 @@ def one_round(
     grid = grid_of(max(len(replies), 2))
     list(strategy.configure_train(server_round, model, ConfigRecord(), grid))
     return strategy.aggregate_train(server_round, replies)
-
-
-def near(state: State, seed: int, scale: float = 1e-3) -> State:
-    """A state dict close by, as after a little training; integers count on."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: value + scale * torch.randn(value.shape, generator=generator)
-        if value.is_floating_point()
-        else value + 3 * seed + seed**2
-        for key, value in state.items()
-    }
-
-
-@cache
-def named_spec(name: str) -> PermutationSpec:
-    return spec_of(ZOO[name])
 
 
 def tied(name: str, state: State) -> State:

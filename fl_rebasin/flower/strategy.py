@@ -42,7 +42,7 @@ from fl_rebasin.merging import (
     mean_similarity,
     normalised,
 )
-from fl_rebasin.spec import Permutation, PermutationSpec
+from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
 Matching: TypeAlias = Literal[
     "none", "weights", "activations", "activations-then-weights", "straight-through"
@@ -210,15 +210,19 @@ class ReBasinStrategy(WrappedStrategy):
         for name, order in candidates.items():
             # Each candidate is aggregated by a strategy of its own, which may have a memory.
             trial = self.strategy if len(candidates) == 1 else self._copied()
-            replies = [
-                _moved(client, permutation, self.spec, self._arrays)
+            moved = [
+                _moved(client, permutation, self.spec)
                 for client, permutation in zip(clients, order, strict=True)
             ]
-            arrays, metrics = trial.aggregate_train(server_round, [*failed, *replies])
+            remade = [
+                _with_model(client, model, self._arrays)
+                for client, model in zip(clients, moved, strict=True)
+            ]
+            arrays, metrics = trial.aggregate_train(server_round, [*failed, *remade])
             if arrays is None:
                 continue
             arrays = like_global(arrays, self._arrays)
-            for variant, made in self._variants(clients, order, arrays, counts, own).items():
+            for variant, made in self._variants(clients, moved, arrays, counts, own).items():
                 results[name + variant] = made, metrics, trial
         if not results:
             self._adopt(trial)
@@ -327,7 +331,7 @@ class ReBasinStrategy(WrappedStrategy):
     def _variants(
         self,
         clients: Sequence[ClientModel],
-        orders: Sequence[Permutation],
+        moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
         own: Metrics,
@@ -338,10 +342,10 @@ class ReBasinStrategy(WrappedStrategy):
         if self.guard or not fitted:
             variants[""] = self._recalibrated(clients, arrays, own)
         if variants and counts:
-            headed = self._with_head(clients, orders, variants[""], counts)
+            headed = self._with_head(clients, moved, variants[""], counts)
             variants = {**variants, "+heads": headed} if self.guard else {"": headed}
         if fitted:
-            found = self._fitted(clients, orders, arrays, counts, own)
+            found = self._fitted(clients, moved, arrays, counts, own)
             if found is not None:
                 variants["+lsq" if self.guard else ""] = found
         # Where nobody answered, the average needs what it gets without least squares.
@@ -360,7 +364,7 @@ class ReBasinStrategy(WrappedStrategy):
     def _fitted(
         self,
         clients: Sequence[ClientModel],
-        orders: Sequence[Permutation],
+        moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
         own: Metrics,
@@ -368,15 +372,13 @@ class ReBasinStrategy(WrappedStrategy):
         """Return the model fitted by least squares, or None if no client answers well."""
         if self._grid is None:
             return None
+        bias = None if self._head is None else self._head[1]
+        everybody = torch.stack(list(counts.values())).sum(0) if counts else None
         models = {}
-        for client, permutation in zip(clients, orders, strict=True):
-            state_dict = self.spec.apply(permutation, client.state_dict)
-            if client.node in counts and self._head is not None and self._head[1] is not None:
-                everybody = torch.stack(list(counts.values())).sum(0)
-                state_dict = without_label_prior(
-                    state_dict, counts[client.node], everybody, self._head[1]
-                )
-            models[client.node] = ArrayRecord(state_dict)
+        for client, model in zip(clients, moved, strict=True):
+            if client.node in counts and everybody is not None and bias is not None:
+                model = without_label_prior(model, counts[client.node], everybody, bias)
+            models[client.node] = ArrayRecord(dict(model))
         found, metrics = fit_on_clients(
             self._grid, self.model, self._steps, arrays, models,
             inputs="own" if self.least_squares == "one-pass" else "merged",
@@ -387,16 +389,14 @@ class ReBasinStrategy(WrappedStrategy):
     def _with_head(
         self,
         clients: Sequence[ClientModel],
-        orders: Sequence[Permutation],
+        moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
     ) -> ArrayRecord:
         """Return the model with a class-aware head, of those who report label counts."""
         assert self._head is not None
         models = [
-            self.spec.apply(permutation, client.state_dict)
-            for client, permutation in zip(clients, orders, strict=True)
-            if client.node in counts
+            model for client, model in zip(clients, moved, strict=True) if client.node in counts
         ]
         merged = arrays.to_torch_state_dict()
         return ArrayRecord(class_aware_head(merged, models, list(counts.values()), *self._head))
@@ -449,14 +449,16 @@ def _still(orders: Iterable[Permutation]) -> bool:
     return all(permutation.is_identity for permutation in orders)
 
 
-def _moved(
-    client: ClientModel, permutation: Permutation, spec: PermutationSpec, arrays: ArrayRecord
-) -> Message:
-    """Return a client's reply with its model permuted, in the global model's key order."""
-    state_dict: Mapping[str, Tensor] = client.state_dict
-    if not permutation.is_identity:
-        state_dict = spec.apply(permutation, state_dict)
-    return with_arrays(client, ArrayRecord({key: Array(state_dict[key].numpy()) for key in arrays}))
+def _moved(client: ClientModel, permutation: Permutation, spec: PermutationSpec) -> StateDict:
+    """Return a client's model permuted; as it came if nothing moves."""
+    if permutation.is_identity:
+        return client.state_dict
+    return spec.apply(permutation, client.state_dict)
+
+
+def _with_model(client: ClientModel, model: StateDict, arrays: ArrayRecord) -> Message:
+    """Return a client's reply with another model, in the global model's key order."""
+    return with_arrays(client, ArrayRecord({key: Array(model[key].numpy()) for key in arrays}))
 
 
 def _add(own: Metrics, more: Metrics) -> None:

@@ -32,6 +32,14 @@ COLUMNS = {
 }
 
 
+TABLE_WIDTH = 132
+
+
+def wide(console: Console) -> Console:
+    """Return a console with room for the table; a narrower screen wraps or scrolls it."""
+    return Console(width=max(console.width, TABLE_WIDTH))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages, the hardware and the commit."""
     found = {"python": platform.python_version()}
