@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -42,6 +42,8 @@ TINY = 1e-9
 """A unit whose weights are to shrink below this share gets the scale 0 instead."""
 ROUNDING = 1e-13
 """Share of the squared mean below which a variance is rounding."""
+MIN_EXPLAINED = 0.04
+"""Share of a unit's variance that the fit must explain for the unit to be scaled up to it."""
 MAX_POSITIONS = 16
 """Positions of an image at which a convolution is fitted."""
 CHUNK = 2**24
@@ -60,11 +62,14 @@ class Step:
         norm: name of the BatchNorm that its result goes into, directly or after max pooling.
         fitted: whether by least squares; else each unit is rescaled to the models' own mean and
             deviation (REPAIR).
+        last: whether nothing comes after it, so that its results may vary less than the models'
+            own, as those of a fit do.
     """
 
     layer: str
     norm: str | None
     fitted: bool
+    last: bool = field(default=False, compare=False)
 
 
 class _Outside(TorchDispatchMode):
@@ -174,7 +179,7 @@ def plan(model: nn.Module, inputs: Any, max_features: int = MAX_FEATURES) -> lis
         features = module.get_parameter("weight")[0].numel() + 1
         fitted = _can_be_fitted(module) and features <= max_features
         steps.append(Step(name, pairs.get(name), fitted))
-    return steps
+    return [replace(step, last=step is steps[-1]) for step in steps]
 
 
 def _can_be_fitted(module: nn.Module) -> bool:
@@ -302,10 +307,11 @@ def step_sums(merged: nn.Module, own: nn.Module, step: Step, batches: Iterable[A
 
     Returns:
         For a fitted layer with `d` inputs a unit and `n` units `gram`, shape `(d + 1, d + 1)`:
-        X^T X of the merged model's inputs and a constant 1, and `cross`, shape `(d + 1, n)`:
-        X^T T with the own model's results after the norm. Else, each of shape `(n,)` and times the
-        number of values, mean and deviation of the merged model's results, `sum` and `spread`, and
-        of the own ones, `mean` and `deviation`. Always `count`, the number of rows, shape `(1,)`.
+        X^T X of the merged model's inputs and a constant 1, `cross`, shape `(d + 1, n)`: X^T T
+        with the own model's results after the norm, and `squares`, shape `(n,)`: those of T.
+        Else, each of shape `(n,)` and times the number of values, mean and deviation of the
+        merged model's results, `sum` and `spread`, and of the own ones, `mean` and `deviation`.
+        Always `count`, the number of rows, shape `(1,)`.
 
     Raises:
         ValueError: no batch, or an activation is not finite.
@@ -332,6 +338,7 @@ def step_sums(merged: nn.Module, own: nn.Module, step: Step, batches: Iterable[A
                     rows = F.pad(rows, (0, 1), value=1.0)
                     add("gram", rows.T @ rows)
                     add("cross", rows.T @ t[numbers])
+                    add("squares", t[numbers].double().square().sum(0))
             else:
                 for values, total, squares in (
                     (_by_unit(y, module), "sum", "squares"), (t, "mean", "own squares")
@@ -395,7 +402,9 @@ def own_input_sums(
             raise ValueError(f"{name}: an activation is NaN or infinite")
         weight, bias = _folded(own, chosen[name])
         each["gram"] = each["gram"].cpu()
-        each["cross"] = each["gram"] @ torch.cat([weight, bias[:, None]], 1).T.cpu()
+        own_layer = torch.cat([weight, bias[:, None]], 1).T.cpu()
+        each["cross"] = each["gram"] @ own_layer
+        each["squares"] = (own_layer * each["cross"]).sum(0)
     return sums
 
 
@@ -421,9 +430,13 @@ def shapes(model: nn.Module, steps: Sequence[Step]) -> dict[str, dict[str, tuple
     for step in steps:
         weight = model.get_submodule(step.layer).get_parameter("weight")
         units, inputs = len(weight), weight[0].numel() + 1
-        of = {"gram": (inputs, inputs), "cross": (inputs, units)}
+        of: dict[str, tuple[int, ...]] = {
+            "gram": (inputs, inputs),
+            "cross": (inputs, units),
+            "squares": (units,),
+        }
         if not step.fitted:
-            of = dict.fromkeys(("sum", "spread", "mean", "deviation"), (units,))  # type: ignore[arg-type]
+            of = dict.fromkeys(("sum", "spread", "mean", "deviation"), (units,))
         found[step.layer] = {"count": (1,), **of}
     return found
 
@@ -449,12 +462,16 @@ def solve(merged: nn.Module, step: Step, sums: Sums, ridge: float = RIDGE) -> di
         square = float(gram.diagonal()[:-1].mean())
         pull = ridge * (square if square > 0 else 1.0)
         start = torch.cat([weight, bias[:, None]], 1).T.cpu()
-        if step.norm is None and merged.get_submodule(step.layer)._parameters.get("bias") is None:
+        own_bias = merged.get_submodule(step.layer)._parameters.get("bias")
+        constant = step.norm is not None or own_bias is not None
+        if not constant:
             gram, cross, start = gram[:-1, :-1], cross[:-1], start[:-1]
         left = gram + pull * torch.eye(len(gram), dtype=gram.dtype)
         found = torch.linalg.solve(left, cross + pull * start)
         new_weight = found[: weight.shape[1]].T
-        new_bias = found[-1] if len(found) > weight.shape[1] else torch.zeros(len(weight))
+        new_bias = found[-1] if constant else torch.zeros(len(weight))
+        if constant and not step.last:
+            new_weight, new_bias = _restored(new_weight, new_bias, sums)
     else:
         module_scale, module_shift = (
             each.cpu() for each in _affine(_norm_of(merged, step), len(weight))
@@ -467,6 +484,23 @@ def solve(merged: nn.Module, step: Step, sums: Sums, ridge: float = RIDGE) -> di
         new_weight = weight.cpu() * factor[:, None]
         new_bias = target + (bias.cpu() - mean) * factor
     return like(state, _written(merged, step, new_weight.to(weight), new_bias.to(weight), state))
+
+
+def _restored(weight: Tensor, bias: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
+    """Scale each unit about its mean, so that its results vary as much as what they were fitted to.
+
+    A fit that is not perfect varies less; with its mean alone right, a ReLU would cut less or more
+    of it, and what follows would see other features than the models' own.
+    """
+    rows = sums["gram"][-1, -1]
+    mean = sums["gram"][-1, :-1] / rows
+    spread = sums["gram"][:-1, :-1] / rows - torch.outer(mean, mean)
+    variance = (weight @ spread * weight).sum(1)
+    wanted = sums["squares"] / rows - (sums["cross"][-1] / rows).square()
+    varies = (variance > MIN_EXPLAINED * wanted) & (wanted > 0)
+    factor = torch.where(varies, (wanted / variance).sqrt(), 1.0)
+    scaled = weight * factor[:, None]
+    return scaled, bias + (weight - scaled) @ mean
 
 
 def _with_own_norm(
@@ -539,8 +573,10 @@ def fit_least_squares(
 
     Layer by layer, the merged weights W minimise the sum over models of `||X W - T||^2`: X is
     what the layer of the merged model sees on a model's data, T what that model's own layer
-    gives there, after its BatchNorm. No labels and no gradient steps; the architecture stays, and
-    BatchNorm layers are left as training would leave them. What cannot be set in one go keeps the
+    gives there, after its BatchNorm. Each unit is then scaled to vary as much as T does: a fit
+    varies less, which adds up from layer to layer. (Not the last layer, and none without a bias.)
+    No labels and no gradient steps; the architecture stays, and BatchNorm layers are left as
+    training would leave them. What cannot be set in one go keeps the
     average: see `plan`. The mean of a rescaled unit without a bias is not set.
 
     Args:

@@ -236,8 +236,11 @@ def test_only_sums_travel() -> None:
         for key, array in reply.content.array_records["sums"].items():
             layer, kind = key.split("/")
             inputs, units = {"1": (13, 7), "4": (8, 7), "6": (8, 4)}[layer]
-            shape = {"count": (1,), "gram": (inputs, inputs), "cross": (inputs, units)}[kind]
-            assert array.numpy().shape == shape
+            shapes = {
+                "count": (1,), "gram": (inputs, inputs), "cross": (inputs, units),
+                "squares": (units,),
+            }  # fmt: skip
+            assert array.numpy().shape == shapes[kind]
             assert array.numpy().dtype == np.float64
 
 
@@ -266,7 +269,7 @@ def test_keys_keep_the_order_of_the_global_model(method: str) -> None:
 # Answers that are no good
 
 NET = "mlp"
-GRAM, CROSS, COUNT = "1/gram", "1/cross", "1/count"
+GRAM, CROSS, SQUARES, COUNT = "1/gram", "1/cross", "1/squares", "1/count"
 
 
 def tampered(change: Callable[[RecordDict], object]) -> Callable[[Answer], Answer]:
@@ -302,6 +305,7 @@ BAD_SUMS: dict[str, tuple[Callable[[Answer], Answer | None], str]] = {
     "huge": (entry(CROSS, at((0, 0), -1e31)), "1: cross is not finite or too large"),
     "asymmetric": (entry(GRAM, at((0, 1), 1e5)), r"1: X\^T X is not symmetric"),
     "negative-diagonal": (entry(GRAM, at((2, 2), -1.0)), r"1: X\^T X has a negative diagonal"),
+    "negative-squares": (entry(SQUARES, at((0,), -1.0)), "1: squares is negative"),
     "negative-count": (entry(COUNT, lambda old: -old), r"1: -49\.0 is no number of samples"),
     "zero-count": (entry(COUNT, lambda old: 0 * old), r"1: 0\.0 is no number of samples"),
     "huge-count": (entry(COUNT, lambda old: old * 1e15), r"1: 4\.9e\+16 is no number of samples"),

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,8 @@ def test_of_large_images_evenly_spread_positions_count(
     ones = np.concatenate([rows, np.ones((len(rows), 1))], 1)
     np.testing.assert_allclose(sums["gram"].numpy(), ones.T @ ones, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(sums["cross"].numpy(), ones.T @ results, rtol=1e-9, atol=1e-9)
+    squares = np.square(results).sum(0)
+    np.testing.assert_allclose(sums["squares"].numpy(), squares, rtol=1e-9, atol=1e-9)
 
 
 # --- whole nets --------------------------------------------------------------------------------
@@ -357,13 +360,17 @@ def test_a_net_with_norms_is_that_of_numpy_layer_by_layer() -> None:
             for state, hidden in zip(states, own, strict=True)
         ]
         weight, bias = parts(merged, name, norm)
-        solved = ridge_by_hand(
-            np.concatenate([rows_by_hand(layer, hidden.numpy()) for hidden in pooled]),
-            np.concatenate([places(each, layer) for each in results]),
-            torch.cat([weight.flatten(1), bias[:, None]], 1).T.numpy(),
-            RIDGE,
-            constant=True,
-        )
+        rows = np.concatenate([rows_by_hand(layer, hidden.numpy()) for hidden in pooled])
+        targets = np.concatenate([places(each, layer) for each in results])
+        before = torch.cat([weight.flatten(1), bias[:, None]], 1).T.numpy()
+        solved = ridge_by_hand(rows, targets, before, RIDGE, constant=True)
+        if name != "11":
+            # All but the last vary as much as what they were fitted to.
+            fitted = rows @ solved[:-1]
+            factor = targets.std(0) / fitted.std(0)
+            assert (factor > 1.001).any()
+            solved[-1] += fitted.mean(0) * (1 - factor)
+            solved[:-1] *= factor
         solution = torch.from_numpy(solved)
         weight, bias = solution[:-1].T.reshape(weight.shape), solution[-1]
         pooled = [after(apply(layer, weight, bias, hidden)) for hidden in pooled]
@@ -477,7 +484,10 @@ def test_rescaled_units_have_the_models_own_mean_and_deviation(name: str, shared
 
 
 def test_one_pass_is_regmean() -> None:
-    """`W = (sum G_i + r)^-1 (sum G_i W_i + r W)`, G_i of what the models' own layers see."""
+    """`W = (sum G_i + r)^-1 (sum G_i W_i + r W)`, G_i of what the models' own layers see.
+
+    All layers but the last are then scaled to vary as much as the models' own.
+    """
     entry = entry_of(
         lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(),
                               nn.Linear(5, 3)),
@@ -487,6 +497,7 @@ def test_one_pass_is_regmean() -> None:
     found = fit_least_squares(model, merged, states, data, one_pass=True)
     for depth in (0, 2, 4):
         total, right, squares = 0.0, 0.0, 0.0
+        seen, targets = [], []
         for state, batches in zip(states, data, strict=True):
             own = copy.deepcopy(model)
             own.load_state_dict(state)
@@ -498,9 +509,16 @@ def test_one_pass_is_regmean() -> None:
                 [state[f"{depth}.weight"].numpy(), state[f"{depth}.bias"][:, None].numpy()], 1
             )
             total, right, squares = total + gram, right + gram @ weight.T, squares + gram.diagonal()
+            seen.append(inputs[:, :-1])
+            targets.append(inputs @ weight.T)
         pull = RIDGE * squares[:-1].mean()
         before = torch.cat([merged[f"{depth}.weight"], merged[f"{depth}.bias"][:, None]], 1).numpy()
         solved = np.linalg.inv(total + pull * np.eye(len(total))) @ (right + pull * before.T)
+        if depth < 4:
+            fitted = np.concatenate(seen) @ solved[:-1]
+            factor = np.concatenate(targets).std(0) / fitted.std(0)
+            solved[-1] += fitted.mean(0) * (1 - factor)
+            solved[:-1] *= factor
         np.testing.assert_allclose(found[f"{depth}.weight"].numpy(), solved[:-1].T, rtol=1e-8)
         np.testing.assert_allclose(found[f"{depth}.bias"].numpy(), solved[-1], rtol=1e-8)
 
@@ -513,6 +531,21 @@ def test_one_pass_folds_norms_and_rescales_nothing() -> None:
     assert not torch.allclose(found["0.weight"], merged["0.weight"])
     for one, other in zip(folded(found, "4", "5"), folded(merged, "4", "5"), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_unit_that_the_fit_explains_hardly_is_not_blown_up() -> None:
+    entry = entry_of(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), 8, 3)
+    own, merged = lively(entry, 1), lively(entry, 2)
+    first = plan(own, batches_of(entry, 0)[0])[0]
+    sums = step_sums(merged, own, first, batches_of(entry, *range(9)))
+    noisy = {**sums, "squares": sums["squares"] * torch.tensor([1.0, 4.0, 1e4, 0.0])}
+    usual, changed = solve(merged, first, sums), solve(merged, first, noisy)
+    kept = [torch.equal(usual["0.weight"][unit], changed["0.weight"][unit]) for unit in range(4)]
+    assert kept[0]
+    assert not kept[1]
+    plain = solve(merged, replace(first, last=True), sums)
+    for unit in (2, 3):
+        torch.testing.assert_close(changed["0.weight"][unit], plain["0.weight"][unit])
 
 
 # --- sums --------------------------------------------------------------------------------------
@@ -693,7 +726,9 @@ def test_what_is_done_in_which_order(name: str) -> None:
     entry, expected = PLANS[name]
     model, (batch,) = lively(entry, 1).train(), batches_of(entry, 0)
     before = state_of(model)
-    assert plan(model, batch) == expected
+    steps = plan(model, batch)
+    assert steps == expected
+    assert [step.last for step in steps] == [each is steps[-1] for each in steps]
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert_same(state_of(model), before, rtol=0, atol=0)

@@ -200,7 +200,7 @@ def _read(
                 )
             if not bool((np.abs(values) <= MAX_ENTRY).all()):  # Written so that NaN fails.
                 raise ValueError(f"{layer}: {key} is not finite or too large")
-            if key in ("spread", "deviation") and values.min(initial=0.0) < 0:
+            if key in ("spread", "deviation", "squares") and values.min(initial=0.0) < 0:
                 raise ValueError(f"{layer}: {key} is negative")
             found[layer][key] = torch.from_numpy(values.copy())
         count = float(found[layer]["count"])

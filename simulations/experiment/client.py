@@ -20,7 +20,7 @@ from experiment.settings import Settings
 from experiment.training import statistics_batches, train
 from fl_rebasin.flower import add_rebasin_handlers
 
-STATISTICS_IMAGES = 2000
+STATISTICS_IMAGES = 6000
 """Training images of each client that models are matched, re-estimated and fitted on."""
 
 
