@@ -58,8 +58,8 @@ def checked_state(spec: PermutationSpec, model: nn.Module, name: str) -> dict[st
 
 
 def weights_of(spec: PermutationSpec, state_dict: StateDict) -> dict[str, Tensor]:
-    """Return the tensors that count in the objective, in float64."""
-    return {key: state_dict[key].detach().double() for key in spec.learnable}
+    """Return the tensors that count in the objective, as they are: no copies."""
+    return {key: state_dict[key].detach() for key in spec.learnable}
 
 
 def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -108,10 +108,13 @@ def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple
 class Matcher:
     """Coordinate descent on the permutation of one model towards a target.
 
+    All sums run in float64; the models are kept in the precision that they came in, since a
+    server holds many of them.
+
     Args:
         spec: spec of both models.
-        target: learnable tensors that stay, float64.
-        weights: learnable tensors to be permuted, float64.
+        target: learnable tensors that stay.
+        weights: learnable tensors to be permuted.
         start: permutation to begin with; by default nothing moves.
 
     Attributes:
@@ -150,15 +153,17 @@ class Matcher:
         for key, groups in self._groups.items():
             for name in groups:
                 self._keys[name].append(key)
-        norms = {key: float(target[key].norm() * weights[key].norm()) for key in self._groups}
+        norms = {
+            key: float(target[key].double().norm() * weights[key].double().norm())
+            for key in self._groups
+        }
         self._scale = {name: sum(map(norms.__getitem__, keys)) for name, keys in self._keys.items()}
 
     def _pieces(self, key: str) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """Yield parts of one tensor, of target and own weights, and the groups on their axes."""
         axes = self.spec.axes[key]
-        for (left, atoms), (right, _) in zip(
-            pieces(self.target[key], axes), pieces(self.weights[key], axes), strict=True
-        ):
+        both = (side[key].double() for side in (self.target, self.weights))
+        for (left, atoms), (right, _) in zip(*(pieces(side, axes) for side in both), strict=True):
             yield left, right, [atom.name if isinstance(atom, Group) else "" for atom in atoms]
 
     def similarity(self, group: str, keys: Iterable[str]) -> Tensor:
@@ -224,7 +229,7 @@ class Matcher:
 
     def _objective(self, group: str, weights: Mapping[str, Tensor]) -> float:
         """Return the part of the objective that a group's tensors make up."""
-        return sum(float(torch.sum(self.target[key] * weights[key])) for key in self._keys[group])
+        return inner({key: self.target[key] for key in self._keys[group]}, weights)
 
     def step(self, group: str, settled_only: Iterable[str] | None = None) -> bool:
         """Solve one group's assignment; return whether its units moved.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -83,27 +83,27 @@ def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -
     return like(state_dicts[0], merged)
 
 
-def _combine(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weighted sum of models, in their own dtype."""
-    total = {key: shares[0] * value for key, value in models[0].items()}
-    for share, model in zip(shares[1:], models[1:], strict=True):
-        for key, value in total.items():
-            value.add_(model[key], alpha=share)
+def _combine(
+    spec: PermutationSpec,
+    models: Sequence[StateDict],
+    permutations: Sequence[Permutation],
+    shares: Sequence[float],
+) -> dict[str, Tensor]:
+    """Return the weighted sum of permuted models in float64; one at a time is permuted."""
+    total: dict[str, Tensor] = {}
+    for model, permutation, share in zip(models, permutations, shares, strict=True):
+        for key, value in model.items():
+            part = spec.move(key, value, permutation).double()
+            total[key] = total[key].add_(part, alpha=share) if key in total else share * part
     return total
 
 
 @dataclass
 class _Alignment:
-    """Learnable tensors of N models, the permutations that led there, and the sweeps it took."""
+    """The permutations of N models, and the sweeps it took to find them."""
 
-    models: list[dict[str, Tensor]]
     permutations: list[Permutation]
     sweeps: int
-
-    def objective(self, shares: Sequence[float]) -> float:
-        """Return the squared norm of the merged model: the objective, up to what never changes."""
-        merged = _combine(self.models, shares)
-        return inner(merged, merged)
 
 
 def _by_weight(shares: Sequence[float]) -> list[int]:
@@ -115,43 +115,46 @@ def _by_weight(shares: Sequence[float]) -> list[int]:
 
 
 def _match_to_heaviest(
-    models: list[dict[str, Tensor]], spec: PermutationSpec, shares: Sequence[float]
+    models: Sequence[StateDict], spec: PermutationSpec, shares: Sequence[float]
 ) -> _Alignment:
     """Match every model to the heaviest one."""
     reference = heaviest(shares)
-    result = _Alignment(list(models), [spec.identity() for _ in models], 0)
+    result = _Alignment([spec.identity() for _ in models], 0)
     for place, model in enumerate(models):
         if place != reference:
             matcher, used = best_match(spec, models[reference], model)
-            result.models[place], result.permutations[place] = matcher.weights, matcher.permutation
+            result.permutations[place] = matcher.permutation
             result.sweeps += used
     return result
 
 
 def _descend_jointly(
-    start: _Alignment, spec: PermutationSpec, shares: Sequence[float]
+    models: Sequence[StateDict], start: _Alignment, spec: PermutationSpec, shares: Sequence[float]
 ) -> _Alignment:
-    """Align each model to the weighted mean of the others, until nobody moves."""
-    models, permutations, sweeps = list(start.models), list(start.permutations), start.sweeps
-    total = _combine(models, shares)
+    """Align each model to the weighted mean of the others, until nobody moves.
+
+    Of the permuted models only the one that is being aligned exists; their sum is kept.
+    """
+    permutations, sweeps = list(start.permutations), start.sweeps
+    total = _combine(spec, models, permutations, shares)
     for _ in range(MAX_SWEEPS):
         moved = False
         for place in _by_weight(shares):
             share = shares[place]
             if share == 1:
                 continue
-            others = {key: total[key] - share * models[place][key] for key in total}
-            matcher = Matcher(spec, others, models[place])
+            matcher = Matcher(spec, total, models[place], permutations[place])
+            for key, value in matcher.weights.items():
+                total[key].sub_(value.double(), alpha=share)
             sweeps += matcher.descend()
-            if matcher.permutation.is_identity:
-                continue
-            moved = True
-            permutations[place] = matcher.permutation.compose(permutations[place])
-            models[place] = matcher.weights
-            total = {key: others[key] + share * models[place][key] for key in total}
+            for key, value in matcher.weights.items():
+                total[key].add_(value.double(), alpha=share)
+            if matcher.permutation != permutations[place]:
+                moved = True
+                permutations[place] = matcher.permutation
         if not moved:
             break
-    return _Alignment(models, permutations, sweeps)
+    return _Alignment(permutations, sweeps)
 
 
 def align_many(
@@ -169,16 +172,23 @@ def align_many(
     shares, models = _checked(spec, state_dicts, weights)
     if start is not None:
         given = [
-            Matcher(spec, model, model, each) for model, each in zip(models, start, strict=True)
+            Matcher(spec, model, model, each).permutation
+            for model, each in zip(models, start, strict=True)
         ]
-        placed = _Alignment([m.weights for m in given], [m.permutation for m in given], 0)
-        return _in_unit_order(spec, models, shares, _descend_jointly(placed, spec, shares), gauge)
-    best = _descend_jointly(_Alignment(models, [spec.identity() for _ in models], 0), spec, shares)
+        found = _descend_jointly(models, _Alignment(given, 0), spec, shares)
+        return _in_unit_order(spec, models, shares, found, gauge)
+    still = _Alignment([spec.identity() for _ in models], 0)
+    best = _descend_jointly(models, still, spec, shares)
     # Descent from the models as they came stays stuck when some are aligned among themselves:
     # once more, with everybody first matched to the heaviest model. A tie changes nothing.
-    matched = _descend_jointly(_match_to_heaviest(models, spec, shares), spec, shares)
+    matched = _descend_jointly(models, _match_to_heaviest(models, spec, shares), spec, shares)
     norms = sum(share**2 * inner(model, model) for share, model in zip(shares, models, strict=True))
-    if matched.objective(shares) > best.objective(shares) + RELATIVE_TOLERANCE * norms:
+    # The squared norm of the merged model is the objective, up to what never changes.
+    reached = []
+    for each in (best, matched):
+        merged = _combine(spec, models, each.permutations, shares)
+        reached.append(inner(merged, merged))
+    if reached[1] > reached[0] + RELATIVE_TOLERANCE * norms:
         best, matched = matched, best
     best.sweeps += matched.sweeps
     return _in_unit_order(spec, models, shares, best, gauge)
@@ -209,7 +219,7 @@ def into_gauge(
 ) -> tuple[Permutation, ...]:
     """Return the permutations followed by one for all, which brings their mean to a gauge."""
     shares, models = _checked(spec, state_dicts, weights)
-    found = _Alignment([], list(permutations), 0)
+    found = _Alignment(list(permutations), 0)
     return _in_unit_order(spec, models, shares, found, gauge)[0]
 
 
@@ -225,7 +235,7 @@ def _checked(
 
 def _in_unit_order(
     spec: PermutationSpec,
-    models: Sequence[Mapping[str, Tensor]],
+    models: Sequence[StateDict],
     shares: Sequence[float],
     found: _Alignment,
     gauge: StateDict | None,
@@ -236,11 +246,8 @@ def _in_unit_order(
     sweeps = found.sweeps
     if gauge is not None:
         check_finite(spec, gauge, "gauge")
-        moved = [
-            {key: spec.move(key, model[key], permutation) for key in model}
-            for model, permutation in zip(models, permutations, strict=True)
-        ]
-        matcher, used = best_match(spec, weights_of(spec, gauge), _combine(moved, shares))
+        merged = _combine(spec, models, permutations, shares)
+        matcher, used = best_match(spec, weights_of(spec, gauge), merged)
         permutations = [matcher.permutation.compose(each) for each in permutations]
         sweeps += used
     return tuple(permutations), sweeps
