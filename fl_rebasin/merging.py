@@ -297,13 +297,12 @@ def merge_many(
         spec.apply(permutation, state_dict)
         for permutation, state_dict in zip(permutations, state_dicts, strict=True)
     ]
-    merged = average(aligned, weights)
-    shares = normalised(weights, len(state_dicts))
+    still = [spec.identity() for _ in permutations]
     return Merge(
-        state_dict=merged,
+        state_dict=average(aligned, weights),
         permutations=permutations,
-        similarity=mean_similarity(spec, aligned, merged, shares),
-        similarity_before=mean_similarity(spec, state_dicts, average(state_dicts, weights), shares),
+        similarity=mean_similarity(spec, state_dicts, permutations, weights),
+        similarity_before=mean_similarity(spec, state_dicts, still, weights),
         sweeps=sweeps,
     )
 
@@ -311,14 +310,16 @@ def merge_many(
 def mean_similarity(
     spec: PermutationSpec,
     state_dicts: Sequence[StateDict],
-    centre: StateDict,
-    shares: Sequence[float],
+    permutations: Sequence[Permutation],
+    weights: Sequence[float] | None,
 ) -> float:
-    """Return the weighted mean cosine of models to a centre, over the learnable parameters."""
-    middle = weights_of(spec, centre)
+    """Return the weighted mean cosine of permuted models to their mean, over what can be learnt."""
+    shares = normalised(weights, len(state_dicts))
+    models = [weights_of(spec, state_dict) for state_dict in state_dicts]
+    centre = _combine(spec, models, permutations, shares)
     return sum(
-        share * cosine(weights_of(spec, state_dict), middle)
-        for share, state_dict in zip(shares, state_dicts, strict=True)
+        share * cosine({key: spec.move(key, model[key], permutation) for key in model}, centre)
+        for share, model, permutation in zip(shares, models, permutations, strict=True)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -151,14 +151,7 @@ class PermutationSpec:
         """Raise `SpecError` unless keys and shapes of a state dict are those of this spec."""
         if isinstance(state_dict, nn.Module):
             raise SpecError("expected a state dict, got a module: pass module.state_dict()")
-        if missing := [key for key in self.axes if key not in state_dict]:
-            raise SpecError(
-                f"the state dict lacks {len(missing)} keys of the spec: {missing[:3]}; {REMEDY}"
-            )
-        if extra := [key for key in state_dict if key not in self.axes]:
-            raise SpecError(
-                f"the state dict has {len(extra)} keys beyond the spec: {extra[:3]}; {REMEDY}"
-            )
+        self.check_keys(state_dict)
         for key, axes in self.axes.items():
             expected = tuple(axis.size for axis in axes)
             if tuple(state_dict[key].shape) != expected:
@@ -166,6 +159,17 @@ class PermutationSpec:
                     f"{key} has shape {tuple(state_dict[key].shape)}, the spec expects {expected}; "
                     + REMEDY
                 )
+
+    def check_keys(self, keys: Collection[str]) -> None:
+        """Raise `SpecError` unless these are the keys of a state dict of this spec."""
+        if missing := [key for key in self.axes if key not in keys]:
+            raise SpecError(
+                f"the state dict lacks {len(missing)} keys of the spec: {missing[:3]}; {REMEDY}"
+            )
+        if extra := [key for key in keys if key not in self.axes]:
+            raise SpecError(
+                f"the state dict has {len(extra)} keys beyond the spec: {extra[:3]}; {REMEDY}"
+            )
 
     def apply(self, permutation: Permutation, state_dict: StateDict) -> dict[str, Tensor]:
         """Return a new state dict, the same function with its units permuted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import pickle
 import re
@@ -53,6 +54,7 @@ OWN_METRICS = {
     "rebasin-units-moved",
     "rebasin-sweeps",
     "rebasin-seconds",
+    "rebasin-dropped",
 }
 
 
@@ -355,6 +357,20 @@ def with_payload(data: bytes, stype: str = "numpy.ndarray") -> Callable[[RecordD
     return with_arrays(change)
 
 
+def npy(values: np.ndarray, allow_pickle: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+SHAPED = "{{'descr': '<f4', 'fortran_order': False, 'shape': {}, }}"
+
+
+def head_of(text: str) -> bytes:
+    """The head of a payload that says something."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 def with_weight(weight: Any) -> Callable[[RecordDict], object]:
     def change(content: RecordDict) -> None:
         content["metrics"] = MetricRecord({"num-examples": weight, "loss": 0.5})
@@ -413,10 +429,29 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
         lambda content: content["metrics"].update(loss=[1, -(10**400)]),
         "its metric 'loss' is too large for a float",
     ),
-    "pickle": (with_payload(pickle.dumps([1.0] * 9)), "allow_pickle"),
-    "garbage": (with_payload(b"garbage"), "allow_pickle"),
-    "empty": (with_payload(b""), "No data left"),
-    "vast": (with_payload(vast("<f4")), "Unable to allocate"),
+    "weight-beyond-the-cap": (with_weight(2e15), r"num-examples is 20{15}\.0.*at most 1e\+15"),
+    "pickle": (with_payload(pickle.dumps([1.0] * 9)), "its payload is no array in NumPy's"),
+    "pickled-array": (with_payload(npy(np.array([None] * 9), True)), "dtype object.* no number"),
+    "text": (with_payload(npy(np.array(["a"] * 9))), "dtype <U1, which is no number"),
+    "garbage": (with_payload(b"garbage"), "its payload is no array in NumPy's format"),
+    "empty": (with_payload(b""), "its payload is no array in NumPy's format"),
+    "half-a-head": (with_payload(npy(np.zeros(9))[:40]), "its payload is no array in NumPy's"),
+    "nested-head": (with_payload(head_of("(" * 3000 + ")" * 3000)), "is no array in NumPy's"),
+    "code-for-a-head": (with_payload(head_of("__import__('os').abort()")), "is no array in NumPy"),
+    "negative-shape": (with_payload(head_of(SHAPED.format("(-1, -9)"))), r"the shape \(-1, -9\)"),
+    "truncated": (
+        with_payload(npy(np.zeros((6, 3, 3, 3), np.float32))[:-1]),
+        r"claims float32 of shape \(6, 3, 3, 3\), 648 bytes, and holds 647",
+    ),
+    "oversized": (
+        with_payload(npy(np.zeros((6, 3, 3, 3), np.float32)) + b"more"),
+        "648 bytes, and holds 652",
+    ),
+    "vast": (with_payload(vast("<f4")), r"shape \(10000000000000,\), 40000000000000 bytes, and ho"),
+    "other-than-said": (
+        with_payload(npy(np.zeros((6, 3, 3, 3)))),
+        r"said to be float32 of shape \(6, 3, 3, 3\), its payload is float64",
+    ),
     "other-serialization": (with_payload(b"", "elsewhere"), "serialization type.*'elsewhere'"),
 }
 
@@ -453,11 +488,24 @@ def test_bad_reply_is_dropped_and_named(
     mixed = [good[0], bad_reply(change, kind), *good[1:]]
     result, metrics = one_round(rebasin(BAD_NET, spy), ArrayRecord(start(BAD_NET)), mixed)
     assert_bitwise(result, expected)
-    assert lasting(metrics) == expected_metrics
+    assert lasting(metrics) == expected_metrics | {"rebasin-dropped": 1}
     assert [message.metadata.src_node_id for message in spy.seen] == [1, 2, 3]
     (line,) = [record for record in caplog.records if "dropped" in record.getMessage()]
     assert line.levelno == logging.WARNING
     assert re.match(rf"reply of node {BAD_NODE} dropped: .*{words}", line.getMessage())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_node_has_one_reply(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    good = good_replies(kind)
+    expected, _ = result_of_good_replies(kind)
+    again = KINDS[kind](content_of(near(start(BAD_NET), 9), 5, loss=2.5), 1)
+    model = ArrayRecord(start(BAD_NET))
+    result, metrics = one_round(rebasin(BAD_NET), model, [good[0], again, *good[1:]])
+    assert_bitwise(result, expected)
+    assert metrics is not None
+    assert metrics["rebasin-dropped"] == 1
+    assert "reply of node 1 dropped: it has replied before" in caplog.messages
 
 
 def with_metrics(**metrics: Any) -> Callable[[RecordDict], object]:
@@ -561,7 +609,7 @@ def test_configuration_evaluation_and_summary_are_the_inner_strategys(
     inner = Mock(spec=Strategy)
     strategy = rebasin("mlp", inner)
     model, config, grid = ArrayRecord(start("mlp")), ConfigRecord({"lr": 0.1}), grid_of(2)
-    message = Message(RecordDict(), dst_node_id=2, message_type=MessageType.TRAIN)
+    message = real_reply(RecordDict({"metrics": MetricRecord({"accuracy": 0.5})}), 2)
 
     inner.configure_train.return_value = iter([message])
     assert list(strategy.configure_train(3, model, config, grid)) == [message]
@@ -612,9 +660,8 @@ def test_inner_strategy_that_changes_the_keys_is_named() -> None:
     model = start("mlp")
     more = ArrayRecord({**model, "spare": torch.zeros(1)})
     inner.aggregate_train.return_value = more, None
-    for replies in ([], replies_of([model] * 3)):
-        with pytest.raises(ValueError, match=r"wrapped strategy changed .* keys: \['spare'\]"):
-            one_round(rebasin("mlp", inner), ArrayRecord(model), replies)
+    with pytest.raises(ValueError, match=r"wrapped strategy changed .* keys: \['spare'\]"):
+        one_round(rebasin("mlp", inner), ArrayRecord(model), replies_of([model] * 3))
 
 
 @pytest.mark.parametrize("depth", range(3))
@@ -658,6 +705,16 @@ def test_strategy_without_a_weight_key_weighs_by_examples() -> None:
             {"least_squares": "layers"},
             "unknown least_squares 'layers': use one of none, layerwise, one-pass, rescaling",
         ),
+        ({"align_to": "mean"}, "unknown align_to 'mean': use one of joint, global"),
+        (
+            {"align_to": "global", "matching": "activations"},
+            "align_to='global' matches weights, matching='activations' does not",
+        ),
+        ({"min_replies": 0}, "min_replies must be at least 1, got 0"),
+        ({"max_examples": 0}, "max_examples must be positive and finite, got 0"),
+        ({"max_examples": float("inf")}, "max_examples must be positive and finite, got inf"),
+        ({"max_update_norm": 0.0}, "max_update_norm must be positive, got 0.0"),
+        ({"max_update_norm": float("nan")}, "max_update_norm must be positive, got nan"),
     ],
 )
 def test_unknown_option_is_refused(options: dict[str, Any], words: str) -> None:
@@ -672,7 +729,7 @@ def test_without_matching_replies_are_averaged_as_they_come() -> None:
     result, metrics = one_round(made("mlp", matching="none"), model, replies)
     assert_bitwise(result, expected)
     assert metrics is not None
-    assert set(metrics) == {"loss"}
+    assert set(metrics) == {"loss", "rebasin-dropped"}
 
 
 # Class-aware heads

@@ -31,6 +31,7 @@ from fl_rebasin.batchnorm import (
     recentred,
     with_statistics,
 )
+from fl_rebasin.flower.payload import read_array, read_head
 from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
 from fl_rebasin.flower.wrapper import WrappedStrategy
 
@@ -79,14 +80,20 @@ def _read(content: RecordDict, channels: dict[str, int]) -> dict[str, LayerStati
     for name, size in channels.items():
         if not record.keys() & {f"{name}.count", f"{name}.mean", f"{name}.variance"}:
             continue  # a layer that the client's forward pass does not use
-        count = record[f"{name}.count"].numpy()
-        mean, variance = record[f"{name}.mean"].numpy(), record[f"{name}.variance"].numpy()
-        if count.shape != (1,) or mean.shape != (size,) or variance.shape != (size,):
-            raise ValueError(f"{name}: expected {size} channels, got {mean.shape}")
-        if count.dtype.kind != "i" or not 0 < int(count[0]) <= MAX_COUNT:
+        keys = [f"{name}.{what}" for what in ("count", "mean", "variance")]
+        heads = [read_head(record[key]) for key in keys]
+        if [head.shape for head in heads] != [(1,), (size,), (size,)]:
+            raise ValueError(f"{name}: expected {size} channels, got {heads[1].shape}")
+        if [head.dtype.kind for head in heads] != ["i", "f", "f"]:
+            raise ValueError(
+                f"{name}: mean and variance must be floats, and the count an integer, got "
+                f"{heads[1].dtype}, {heads[2].dtype} and {heads[0].dtype}"
+            )
+        count, mean, variance = (
+            read_array(record[key], head) for key, head in zip(keys, heads, strict=True)
+        )
+        if not 0 < int(count[0]) <= MAX_COUNT:
             raise ValueError(f"{name}: {count[0]} is no number of values")
-        if mean.dtype.kind != "f" or variance.dtype.kind != "f":
-            raise ValueError(f"{name}: mean and variance must be floats, got {mean.dtype}")
         # Written so that NaN fails.
         in_range = (np.abs(mean) <= MAX_MEAN) & (variance >= 0) & (variance <= MAX_VARIANCE)
         if not in_range.all():

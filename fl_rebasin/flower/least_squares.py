@@ -17,6 +17,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
+from fl_rebasin.flower.payload import read_array, read_head
 from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded, reason
 from fl_rebasin.least_squares import (
     RIDGE,
@@ -192,17 +193,18 @@ def _read(
     for layer, each in expected.items():
         found[layer] = {}
         for key, shape in each.items():
-            values = record[f"{layer}/{key}"].numpy()
-            if values.dtype != np.float64 or values.shape != shape:
+            head = read_head(record[f"{layer}/{key}"])
+            if head.dtype != np.float64 or head.shape != shape:
                 raise ValueError(
-                    f"{layer}: {key} is {values.dtype} of shape {values.shape}, expected float64 "
+                    f"{layer}: {key} is {head.dtype} of shape {head.shape}, expected float64 "
                     f"of shape {shape}"
                 )
+            values = read_array(record[f"{layer}/{key}"], head)
             if not bool((np.abs(values) <= MAX_ENTRY).all()):  # Written so that NaN fails.
                 raise ValueError(f"{layer}: {key} is not finite or too large")
             if key in ("spread", "deviation", "squares") and values.min(initial=0.0) < 0:
                 raise ValueError(f"{layer}: {key} is negative")
-            found[layer][key] = torch.from_numpy(values.copy())
+            found[layer][key] = torch.from_numpy(values)
         count = float(found[layer]["count"])
         if not 0 < count <= MAX_COUNT:
             raise ValueError(f"{layer}: {count} is no number of samples")

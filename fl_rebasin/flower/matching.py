@@ -16,6 +16,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.activations import match_activations
+from fl_rebasin.flower.payload import read_array, read_head
 from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 from fl_rebasin.stored import spec_from_json, spec_to_json
@@ -117,13 +118,13 @@ def _read(content: RecordDict, spec: PermutationSpec) -> Permutation:
         raise ValueError(f"permutation and spec differ in the groups {odd[:3]}")
     indices = {}
     for name, expected in still.indices.items():
-        values = record[name].numpy()
-        if values.dtype != np.int64 or values.shape != tuple(expected.shape):
+        head = read_head(record[name])
+        if head.dtype != np.int64 or head.shape != tuple(expected.shape):
             raise ValueError(
                 f"{name}: an order of {tuple(expected.shape)} units was asked for, got "
-                f"{values.dtype} of shape {values.shape}"
+                f"{head.dtype} of shape {head.shape}"
             )
-        indices[name] = torch.from_numpy(values.copy())
+        indices[name] = torch.from_numpy(read_array(record[name], head))
     permutation = Permutation(indices, spec.within)
     spec.check_permutation(permutation)
     return permutation

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
@@ -21,13 +22,17 @@ from fl_rebasin.flower.guard import choose_on_clients
 from fl_rebasin.flower.least_squares import fit_on_clients
 from fl_rebasin.flower.matching import match_on_clients
 from fl_rebasin.flower.queries import reason
+from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.validation import (
+    MAX_EXAMPLES,
     ClientModel,
+    Inbox,
     alike,
+    all_finite,
+    check_evaluation,
     like_global,
     read_label_counts,
-    read_reply,
-    with_arrays,
+    with_model,
 )
 from fl_rebasin.flower.wrapper import WrappedStrategy
 from fl_rebasin.heads import check_counts, class_aware_head, last_layer, without_label_prior
@@ -36,17 +41,16 @@ from fl_rebasin.matching import check_finite, match_weights
 from fl_rebasin.merging import (
     align_many,
     align_to_heaviest,
-    average,
     heaviest,
     into_gauge,
     mean_similarity,
-    normalised,
 )
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
 Matching: TypeAlias = Literal[
     "none", "weights", "activations", "activations-then-weights", "straight-through"
 ]
+AlignTo: TypeAlias = Literal["joint", "global"]
 LeastSquares: TypeAlias = Literal["none", "layerwise", "one-pass", "rescaling"]
 
 Metrics: TypeAlias = dict[str, float | int]
@@ -86,6 +90,15 @@ class ReBasinStrategy(WrappedStrategy):
             each class. The rows of the last layer are averaged by these counts, and its bias is
             corrected for the label prior; with least squares, what the clients' own models compute
             is corrected instead.
+        align_to: what the models are aligned to: `"joint"`, one another, wherever they lie;
+            `"global"`, each to the global model, by itself. The latter is for rounds that go on
+            from a trained model: no client has a say in how another one is aligned, and unless
+            least squares, heads, the guard or the wrapped strategy need them all at once, replies
+            are taken one by one, and their sum is all that is kept.
+        min_replies: with fewer good replies the global model stays as it is.
+        max_examples: a reply that claims more training examples is dropped.
+        max_update_norm: a reply whose aligned model lies farther from the global model (Euclidean
+            norm over all floating-point tensors) is dropped; None: any is taken.
         guard: form several models (naive; aligned; aligned to the client with the most examples;
             each with least squares and class-aware heads where these are on), let the round's
             clients evaluate them on held-back data, and keep the best by the example-weighted
@@ -101,9 +114,10 @@ class ReBasinStrategy(WrappedStrategy):
 
     Aggregated training metrics gain `rebasin-similarity-before`, `rebasin-similarity-after`
     (weighted mean cosine of the clients' models to their mean), `rebasin-units-moved`,
-    `rebasin-sweeps`, `rebasin-seconds`; and for what the clients are asked, `X-clients`,
-    `X-seconds` and `X-bytes`, X being `matching`, `least-squares`, `batchnorm` or `guard`;
-    `guard-loss-NAME` is the held-back loss of each candidate.
+    `rebasin-sweeps`, `rebasin-seconds`, `rebasin-dropped` (replies that were no good); and for what
+    the clients are asked, `X-clients`, `X-seconds` and `X-bytes`, X being `matching`,
+    `least-squares`, `batchnorm` or `guard`; `guard-loss-NAME` is the held-back loss of each
+    candidate.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithms 1 to 3.
 
@@ -127,14 +141,31 @@ class ReBasinStrategy(WrappedStrategy):
         recalibrate_batchnorm: bool = True,
         label_counts: str | None = None,
         guard: bool = False,
+        align_to: AlignTo = "joint",
+        min_replies: int = 1,
+        max_examples: float = MAX_EXAMPLES,
+        max_update_norm: float | None = None,
     ) -> None:
         super().__init__(strategy)
         for name, value, known in (
             ("matching", matching, get_args(Matching)),
             ("least_squares", least_squares, get_args(LeastSquares)),
+            ("align_to", align_to, get_args(AlignTo)),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        if align_to == "global" and matching not in ("none", "weights"):
+            raise ValueError(f"align_to='global' matches weights, matching={matching!r} does not")
+        if min_replies < 1:
+            raise ValueError(f"min_replies must be at least 1, got {min_replies}")
+        if not 0 < max_examples < float("inf"):
+            raise ValueError(f"max_examples must be positive and finite, got {max_examples}")
+        if max_update_norm is not None and not max_update_norm > 0:
+            raise ValueError(f"max_update_norm must be positive, got {max_update_norm}")
+        self.align_to = align_to
+        self.min_replies = min_replies
+        self.max_examples = max_examples
+        self.max_update_norm = max_update_norm
         self.model = model
         self.matching = matching
         self.least_squares = least_squares
@@ -155,6 +186,17 @@ class ReBasinStrategy(WrappedStrategy):
                 ) from error
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
+
+    @property
+    def _streams(self) -> bool:
+        """Whether nothing needs more than one client's model at a time."""
+        return (
+            self.align_to == "global"
+            and not self.guard
+            and self.least_squares == "none"
+            and self._head is None
+            and takes_only_the_mean(self.strategy)
+        )
 
     @property
     def weighted_by_key(self) -> str:
@@ -184,45 +226,39 @@ class ReBasinStrategy(WrappedStrategy):
         """
         if self._arrays is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        clients: list[ClientModel] = []
-        failed: list[Message] = []
-        for reply in replies:
-            if reply.has_error():
-                failed.append(reply)
-                continue
-            try:
-                clients.append(read_reply(reply, self.spec, self._arrays, self.weighted_by_key))
-            except Exception as error:  # A client may send anything; none of it may end the run.
-                log(
-                    WARNING,
-                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
-                )
-        clients = alike(clients)
-        if not clients:
-            arrays, metrics = super().aggregate_train(server_round, failed)
-            return arrays if arrays is None else like_global(arrays, self._arrays), metrics
-        orders, own = self._align(clients)
+        inbox = Inbox(self.spec, self._arrays, self.weighted_by_key, self.max_examples)
+        if self._streams:
+            return self._stream(server_round, inbox, replies)
+        clients = list(inbox.read(replies))
+        clients = inbox.kept(clients, alike([client.reply for client in clients]))
+        orders: list[Permutation] = []
+        own: Metrics = {}
+        if len(clients) >= self.min_replies:
+            orders, own = self._align(clients)
+            near = [self._is_near(*pair) for pair in zip(clients, orders, strict=True)]
+            orders = [order for order, kept in zip(orders, near, strict=True) if kept]
+            clients = inbox.kept(clients, near)
+        if len(clients) < self.min_replies:
+            return self._nothing(server_round, inbox, len(clients))
+        own["rebasin-dropped"] = inbox.dropped
         candidates = {"aligned": orders}
         if self.guard and not _still(orders):
             candidates |= self._alternatives(clients, orders)
         counts = {} if self._head is None else self._counts(clients)
+        nodes = [client.node for client in clients]
         results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
-        for name, order in candidates.items():
+        for place, (name, order) in enumerate(candidates.items(), 1):
             # Each candidate is aggregated by a strategy of its own, which may have a memory.
             trial = self.strategy if len(candidates) == 1 else self._copied()
-            moved = [
-                _moved(client, permutation, self.spec)
-                for client, permutation in zip(clients, order, strict=True)
-            ]
-            remade = [
-                _with_model(client, model, self._arrays)
-                for client, model in zip(clients, moved, strict=True)
-            ]
-            arrays, metrics = trial.aggregate_train(server_round, [*failed, *remade])
+            remade, moved = self._remade(clients, order, last=place == len(candidates))
+            arrays, metrics = trial.aggregate_train(server_round, [*inbox.failed, *remade])
+            del remade
             if arrays is None:
                 continue
             arrays = like_global(arrays, self._arrays)
-            for variant, made in self._variants(clients, moved, arrays, counts, own).items():
+            if not self._is_usable(arrays, server_round):
+                continue
+            for variant, made in self._variants(nodes, moved, arrays, counts, own).items():
                 results[name + variant] = made, metrics, trial
         if not results:
             self._adopt(trial)
@@ -230,12 +266,144 @@ class ReBasinStrategy(WrappedStrategy):
         best = next(iter(results))
         if len(results) > 1 and self._grid is not None:
             models = {name: arrays for name, (arrays, _, _) in results.items()}
-            nodes = [client.node for client in clients]
             best, judged = choose_on_clients(self._grid, nodes, models)
             own |= judged
         arrays, metrics, chosen = results[best]
         self._adopt(chosen)
         return arrays, MetricRecord({**(metrics or {}), **own})
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """As the wrapped strategy, without the replies that are no good."""
+        good: list[Message] = []
+        failed: list[Message] = []
+        key = getattr(_levels(self.strategy)[-1], "weighted_by_key", None)
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    failed.append(reply)
+                    continue
+                check_evaluation(reply, key, self.max_examples)
+                good.append(reply)
+            except Exception as error:  # A client may send anything; none of it may end the run.
+                log(
+                    WARNING,
+                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
+                )
+        good = [reply for reply, usual in zip(good, alike(good), strict=True) if usual]
+        return super().aggregate_evaluate(server_round, [*failed, *good])
+
+    def _nothing(
+        self, server_round: int, inbox: Inbox, count: int
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Say why a round has no result; the wrapped strategy hears of the clients that failed."""
+        log(
+            WARNING,
+            "round %s: %s good replies, %s are needed: the global model stays as it was",
+            *(server_round, count, self.min_replies),
+        )
+        self.strategy.aggregate_train(server_round, inbox.failed)
+        return None, None
+
+    def _is_usable(self, arrays: ArrayRecord, server_round: int) -> bool:
+        """Whether an aggregated model is finite; say so if not."""
+        usable = all_finite(arrays)
+        if not usable:
+            log(
+                WARNING,
+                "round %s: the aggregated model holds NaN or infinite values and is not taken",
+                server_round,
+            )
+        return usable
+
+    def _is_near(self, client: ClientModel, permutation: Permutation) -> bool:
+        """Whether a model is within `max_update_norm` of the global one; say so if not."""
+        if self.max_update_norm is None:
+            return True
+        assert self._arrays is not None
+        squares = 0.0
+        for key, array in self._arrays.items():
+            value = client.state_dict[key]
+            if value.is_floating_point():
+                moved = self.spec.move(key, value, permutation)
+                change = moved.double() - torch.from_numpy(array.numpy())
+                squares += float(change.square().sum())
+        if squares**0.5 <= self.max_update_norm:
+            return True
+        log(
+            WARNING,
+            "reply of node %s dropped: its update has norm %.4g, at most %.4g is allowed",
+            *(client.node, squares**0.5, self.max_update_norm),
+        )
+        return False
+
+    def _remade(
+        self, clients: list[ClientModel], orders: Sequence[Permutation], *, last: bool
+    ) -> tuple[list[Message], list[StateDict]]:
+        """Return replies with permuted models, and these models where they are asked for again.
+
+        The last time each model is let go as soon as its reply is made.
+        """
+        assert self._arrays is not None
+        again = self.least_squares != "none" or self._head is not None
+        remade: list[Message] = []
+        models: list[StateDict] = []
+        for place, (client, permutation) in enumerate(zip(clients, orders, strict=True)):
+            model: StateDict = client.state_dict
+            if not permutation.is_identity:
+                model = self.spec.apply(permutation, model)
+            remade.append(with_model(client, model, self._arrays))
+            if again:
+                models.append(model)
+            elif last:
+                clients[place] = replace(client, state_dict={})
+        return remade, models
+
+    def _stream(
+        self, server_round: int, inbox: Inbox, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Align one reply after the other to the global model, and keep only their sum."""
+        assert self._arrays is not None
+        started = time.perf_counter()
+        gauge = self._arrays.to_torch_state_dict()
+        mean = RunningMean(self._arrays)
+        units = 0
+        for client in inbox.read(replies):
+            permutation = self._to_global(client, gauge)
+            if inbox.kept([client], [self._is_near(client, permutation)]):
+                mean.add(client, self.spec.apply(permutation, client.state_dict))
+                units += permutation.moved
+            del client  # Before the next one is read.
+        if mean.count < self.min_replies:
+            return self._nothing(server_round, inbox, mean.count)
+        seconds = time.perf_counter() - started
+        log(
+            INFO,
+            "aligned %s models one by one: %s units moved, %.2f s",
+            *(mean.count, units, seconds),
+        )
+        nodes = mean.nodes
+        reply, metrics = mean.finish(self.strategy)
+        arrays, _ = self.strategy.aggregate_train(server_round, [*inbox.failed, reply])
+        if arrays is None:
+            return None, metrics
+        arrays = like_global(arrays, self._arrays)
+        if not self._is_usable(arrays, server_round):
+            return None, metrics
+        own: Metrics = {
+            "rebasin-units-moved": units,
+            "rebasin-seconds": seconds,
+            "rebasin-dropped": inbox.dropped,
+        }
+        arrays = self._recalibrated(nodes, arrays, own)
+        return arrays, MetricRecord({**metrics, **own})
+
+    def _to_global(self, client: ClientModel, gauge: StateDict) -> Permutation:
+        """Match a model to the global one."""
+        if self.matching == "none":
+            return self.spec.identity()
+        return match_weights(self.spec, gauge, client.state_dict).permutation
 
     def _copied(self) -> Strategy:
         """Return a copy of the wrapped strategy and its memory; a grid that it keeps is shared."""
@@ -260,8 +428,13 @@ class ReBasinStrategy(WrappedStrategy):
             return still, {}
         started = time.perf_counter()
         gauge = self._arrays.to_torch_state_dict()
-        found, sweeps = align_many(self.spec, models, weights, gauge)
-        orders, own = list(found), Metrics()
+        if self.align_to == "global":
+            orders = [self._to_global(client, gauge) for client in clients]
+            sweeps = 0
+        else:
+            found, sweeps = align_many(self.spec, models, weights, gauge)
+            orders = list(found)
+        own = Metrics()
         if self.matching != "weights" and not _still(orders) and self._grid is not None:
             matched, own = self._match_on_clients(clients)
             if self.matching == "activations-then-weights":
@@ -269,11 +442,8 @@ class ReBasinStrategy(WrappedStrategy):
             else:
                 found = into_gauge(self.spec, models, weights, matched, gauge)
             orders = list(found)
-        aligned = [self.spec.apply(*pair) for pair in zip(orders, models, strict=True)]
-        shares = normalised(weights, len(weights))
         before, after = (
-            mean_similarity(self.spec, each, average(each, weights), shares)
-            for each in (models, aligned)
+            mean_similarity(self.spec, models, each, weights) for each in (still, orders)
         )
         units = sum(permutation.moved for permutation in orders)
         seconds = time.perf_counter() - started
@@ -330,7 +500,7 @@ class ReBasinStrategy(WrappedStrategy):
 
     def _variants(
         self,
-        clients: Sequence[ClientModel],
+        nodes: Sequence[int],
         moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
@@ -340,30 +510,27 @@ class ReBasinStrategy(WrappedStrategy):
         variants: dict[str, ArrayRecord] = {}
         fitted = self.least_squares != "none"
         if self.guard or not fitted:
-            variants[""] = self._recalibrated(clients, arrays, own)
+            variants[""] = self._recalibrated(nodes, arrays, own)
         if variants and counts:
-            headed = self._with_head(clients, moved, variants[""], counts)
+            headed = self._with_head(nodes, moved, variants[""], counts)
             variants = {**variants, "+heads": headed} if self.guard else {"": headed}
         if fitted:
-            found = self._fitted(clients, moved, arrays, counts, own)
+            found = self._fitted(nodes, moved, arrays, counts, own)
             if found is not None:
                 variants["+lsq" if self.guard else ""] = found
         # Where nobody answered, the average needs what it gets without least squares.
-        return variants or {"": self._recalibrated(clients, arrays, own)}
+        return variants or {"": self._recalibrated(nodes, arrays, own)}
 
-    def _recalibrated(
-        self, clients: Sequence[ClientModel], arrays: ArrayRecord, own: Metrics
-    ) -> ArrayRecord:
+    def _recalibrated(self, nodes: Sequence[int], arrays: ArrayRecord, own: Metrics) -> ArrayRecord:
         if not self.recalibrate_batchnorm or self._grid is None:
             return arrays
-        nodes = [client.node for client in clients]
         arrays, metrics = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
         _add(own, metrics)
         return arrays
 
     def _fitted(
         self,
-        clients: Sequence[ClientModel],
+        nodes: Sequence[int],
         moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
@@ -375,10 +542,10 @@ class ReBasinStrategy(WrappedStrategy):
         bias = None if self._head is None else self._head[1]
         everybody = torch.stack(list(counts.values())).sum(0) if counts else None
         models = {}
-        for client, model in zip(clients, moved, strict=True):
-            if client.node in counts and everybody is not None and bias is not None:
-                model = without_label_prior(model, counts[client.node], everybody, bias)
-            models[client.node] = ArrayRecord(dict(model))
+        for node, model in zip(nodes, moved, strict=True):
+            if node in counts and everybody is not None and bias is not None:
+                model = without_label_prior(model, counts[node], everybody, bias)
+            models[node] = ArrayRecord(dict(model))
         found, metrics = fit_on_clients(
             self._grid, self.model, self._steps, arrays, models,
             inputs="own" if self.least_squares == "one-pass" else "merged",
@@ -388,16 +555,14 @@ class ReBasinStrategy(WrappedStrategy):
 
     def _with_head(
         self,
-        clients: Sequence[ClientModel],
+        nodes: Sequence[int],
         moved: Sequence[StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
     ) -> ArrayRecord:
         """Return the model with a class-aware head, of those who report label counts."""
         assert self._head is not None
-        models = [
-            model for client, model in zip(clients, moved, strict=True) if client.node in counts
-        ]
+        models = [model for node, model in zip(nodes, moved, strict=True) if node in counts]
         merged = arrays.to_torch_state_dict()
         return ArrayRecord(class_aware_head(merged, models, list(counts.values()), *self._head))
 
@@ -447,18 +612,6 @@ def _levels(strategy: Strategy) -> list[Strategy]:
 
 def _still(orders: Iterable[Permutation]) -> bool:
     return all(permutation.is_identity for permutation in orders)
-
-
-def _moved(client: ClientModel, permutation: Permutation, spec: PermutationSpec) -> StateDict:
-    """Return a client's model permuted; as it came if nothing moves."""
-    if permutation.is_identity:
-        return client.state_dict
-    return spec.apply(permutation, client.state_dict)
-
-
-def _with_model(client: ClientModel, model: StateDict, arrays: ArrayRecord) -> Message:
-    """Return a client's reply with another model, in the global model's key order."""
-    return with_arrays(client, ArrayRecord({key: Array(model[key].numpy()) for key in arrays}))
 
 
 def _add(own: Metrics, more: Metrics) -> None:

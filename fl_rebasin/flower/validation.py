@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from logging import WARNING
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
-from fl_rebasin.matching import check_finite
-from fl_rebasin.spec import PermutationSpec
+from fl_rebasin.flower.payload import read_array, read_head
+from fl_rebasin.flower.queries import reason
+from fl_rebasin.spec import PermutationSpec, StateDict
 
 MAX_EXAMPLES = 1e15
-"""More training examples than any client can have: a reply above it is dropped."""
+"""More examples than any client can have: a reply above it is dropped, unless told otherwise."""
 
 
 @dataclass(frozen=True)
 class ClientModel:
-    """A reply that fits: its message, its model and its weight."""
+    """A reply that fits: its message, without the model; the model, and its weight."""
 
     reply: Message
     record_name: str
-    record: ArrayRecord
-    state_dict: dict[str, Tensor]
+    state_dict: StateDict
     weight: float
 
     @property
@@ -36,16 +38,72 @@ class ClientModel:
         return int(self.reply.metadata.src_node_id)
 
 
+@dataclass
+class Inbox:
+    """A round's replies, read one by one; what is no good is dropped, counted and named.
+
+    Attributes:
+        spec: what the models must fit.
+        arrays: the global model, for shapes and dtypes.
+        weighted_by_key: name of the metric that weighs a reply.
+        max_examples: the largest weight.
+        failed: replies of clients that failed.
+        dropped: how many replies were no good.
+    """
+
+    spec: PermutationSpec
+    arrays: ArrayRecord
+    weighted_by_key: str
+    max_examples: float
+    failed: list[Message] = field(default_factory=list)
+    dropped: int = 0
+
+    def read(self, replies: Iterable[Message]) -> Iterator[ClientModel]:
+        """Yield the good replies."""
+        nodes: set[int] = set()
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    self.failed.append(reply)
+                    continue
+                client = read_reply(
+                    reply, self.spec, self.arrays, self.weighted_by_key, self.max_examples
+                )
+                if client.node in nodes:
+                    raise ValueError("it has replied before")
+            except Exception as error:  # A client may send anything; none of it may end the run.
+                self.dropped += 1
+                log(
+                    WARNING,
+                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
+                )
+                continue
+            nodes.add(client.node)
+            del reply  # Its bytes are not needed any more.
+            yield client
+            del client
+
+    def kept(self, clients: Sequence[ClientModel], good: Sequence[bool]) -> list[ClientModel]:
+        """Return those that are good after all, and count the others as dropped."""
+        self.dropped += len(good) - sum(good)
+        return [client for client, each in zip(clients, good, strict=True) if each]
+
+
 def read_reply(
-    reply: Message, spec: PermutationSpec, arrays: ArrayRecord, weighted_by_key: str
+    reply: Message,
+    spec: PermutationSpec,
+    arrays: ArrayRecord,
+    weighted_by_key: str,
+    max_examples: float = MAX_EXAMPLES,
 ) -> ClientModel:
     """Return model and weight of a reply.
 
     Args:
         reply: a reply without error.
         spec: what the model must fit.
-        arrays: the global model, for the dtypes.
+        arrays: the global model, for shapes and dtypes.
         weighted_by_key: name of the metric that weighs the reply.
+        max_examples: the largest weight.
 
     Raises:
         ValueError: they are not what the global model's shape and the round ask for.
@@ -54,22 +112,40 @@ def read_reply(
     if len(records) != 1:
         raise ValueError(f"expected one ArrayRecord, got {len(records)}")
     name, record = next(iter(records.items()))
-    weights = [
-        metrics[weighted_by_key]
-        for metrics in reply.content.metric_records.values()
-        if weighted_by_key in metrics
-    ]
-    if len(weights) != 1 or not isinstance(weights[0], (int, float)):
-        raise ValueError(f"expected one number {weighted_by_key!r} in its metrics")
-    if not 0 < weights[0] <= MAX_EXAMPLES:
-        raise ValueError(
-            f"{weighted_by_key} is {str(weights[0])[:20]}, it must be positive and at "
-            f"most {MAX_EXAMPLES:.0e}"
-        )
+    weight = _read_weight(reply, weighted_by_key, max_examples)
     _check_metrics(reply)
-    state_dict = _as_global(record, arrays)
-    check_finite(spec, state_dict, "its model")
-    return ClientModel(reply, name, record, state_dict, float(weights[0]))
+    spec.check_keys(record)
+    state_dict = {}
+    for key, wanted in arrays.items():
+        dtype, shape = np.dtype(wanted.dtype), tuple(wanted.shape)
+        try:
+            head = read_head(record[key])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        if head.shape != shape:
+            raise ValueError(f"{key} has shape {head.shape}, the spec expects {shape}")
+        if head.dtype.kind != dtype.kind:
+            raise ValueError(f"{key} is of dtype {head.dtype}, the global model's is {dtype}")
+        values = read_array(record[key], head, dtype)
+        if not bool(np.isfinite(values).all()):
+            raise ValueError(f"{key} holds NaN or infinite values")
+        state_dict[key] = torch.from_numpy(values)
+    rest = {key: ArrayRecord() if key == name else each for key, each in reply.content.items()}
+    return ClientModel(_with_content(reply, RecordDict(rest)), name, state_dict, weight)
+
+
+def _read_weight(reply: Message, key: str, most: float) -> float:
+    """Return the one number by which a reply is weighed.
+
+    Raises:
+        ValueError: it has none, or one that no number of examples can be.
+    """
+    found = [each[key] for each in reply.content.metric_records.values() if key in each]
+    if len(found) != 1 or not isinstance(found[0], (int, float)):
+        raise ValueError(f"expected one number {key!r} in its metrics")
+    if not 0 < found[0] <= most:  # Written so that NaN fails.
+        raise ValueError(f"{key} is {str(found[0])[:20]}, it must be positive and at most {most:g}")
+    return float(found[0])
 
 
 def _check_metrics(reply: Message) -> None:
@@ -83,21 +159,24 @@ def _check_metrics(reply: Message) -> None:
                     raise ValueError(f"its metric {key!r} is too large for a float") from error
 
 
-def _as_global(record: ArrayRecord, arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Return a reply's tensors in the dtypes of the global model.
+def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: float) -> None:
+    """Check a reply to an evaluation.
+
+    Args:
+        reply: a reply without error.
+        weighted_by_key: name of the metric that weighs it, if the strategy weighs.
+        max_examples: the largest weight.
 
     Raises:
-        ValueError: a tensor is of another kind: say, integers where floats belong.
+        ValueError: its weight is none, or a metric is not finite.
     """
-    state_dict = dict(record.to_torch_state_dict())
-    for key in state_dict.keys() & arrays.keys():
-        wanted = np.dtype(arrays[key].dtype)
-        found = np.dtype(record[key].numpy().dtype)
-        if found.kind != wanted.kind:
-            raise ValueError(f"{key} is of dtype {found}, the global model's is {wanted}")
-        if found != wanted:
-            state_dict[key] = torch.from_numpy(record[key].numpy().astype(wanted))
-    return state_dict
+    if weighted_by_key is not None:
+        _read_weight(reply, weighted_by_key, max_examples)
+    _check_metrics(reply)
+    for metrics in reply.content.metric_records.values():
+        for key, value in metrics.items():
+            if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+                raise ValueError(f"its metric {key!r} is NaN or infinite")
 
 
 def read_label_counts(reply: Message, key: str) -> Tensor:
@@ -118,37 +197,44 @@ def read_label_counts(reply: Message, key: str) -> Tensor:
     return counts
 
 
-def alike(clients: list[ClientModel]) -> list[ClientModel]:
-    """Return the replies whose records are named as in most; Flower's strategies need them so."""
+def alike(replies: Sequence[Message]) -> list[bool]:
+    """Return of each reply whether its records are named as in most; Flower needs them so."""
 
-    def records(client: ClientModel) -> str:
-        named = {client.record_name: ["model"]}
-        for name, metrics in client.reply.content.metric_records.items():
-            named[name] = [
-                f"{key}[{len(value)}]" if isinstance(value, list) else key
-                for key, value in sorted(metrics.items())
-            ]
+    def records(reply: Message) -> str:
+        named = {}
+        for name, record in reply.content.items():
+            named[name] = (
+                [
+                    f"{key}[{len(value)}]" if isinstance(value, list) else key
+                    for key, value in sorted(record.items())
+                ]
+                if isinstance(record, MetricRecord)
+                else [type(record).__name__]
+            )
         return str(named)
 
-    if not clients:
-        return []
-    usual, _ = Counter(map(records, clients)).most_common(1)[0]
-    for client in clients:
-        if records(client) != usual:
+    found = [records(reply) for reply in replies]
+    usual = Counter(found).most_common(1)[0][0] if found else ""
+    for reply, names in zip(replies, found, strict=True):
+        if names != usual:
             log(
                 WARNING,
                 "reply of node %s dropped: its records are not named as those of the others: %s",
-                client.reply.metadata.src_node_id,
-                records(client),
+                *(reply.metadata.src_node_id, names[:200]),
             )
-    return [client for client in clients if records(client) == usual]
+    return [names == usual for names in found]
 
 
-def with_arrays(client: ClientModel, arrays: ArrayRecord) -> Message:
-    """Return a copy of a reply that carries other arrays; the reply stays as it is."""
+def with_model(client: ClientModel, model: StateDict, arrays: ArrayRecord) -> Message:
+    """Return a client's reply with a model, in the global model's key order."""
     content = RecordDict(dict(client.reply.content))
-    content[client.record_name] = arrays
-    remade = copy.copy(client.reply)
+    content[client.record_name] = ArrayRecord({key: Array(model[key].numpy()) for key in arrays})
+    return _with_content(client.reply, content)
+
+
+def _with_content(reply: Message, content: RecordDict) -> Message:
+    """Return a copy of a reply that carries something else; the reply stays as it is."""
+    remade = copy.copy(reply)
     remade.content = content
     return remade
 
@@ -170,3 +256,8 @@ def like_global(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
             array = Array(rounded.astype(dtype))
         cast[key] = array
     return ArrayRecord(cast)
+
+
+def all_finite(arrays: ArrayRecord) -> bool:
+    """Whether no value of a model is NaN or infinite."""
+    return all(bool(np.isfinite(array.numpy()).all()) for array in arrays.values())

@@ -1,0 +1,92 @@
+"""Arrays from strangers: what their bytes claim is checked before anything is made of them."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array
+from numpy.typing import NDArray
+
+NPY = "numpy.ndarray"
+"""Flower's name of its only serialisation of arrays: NumPy's file format."""
+KINDS = "biufc"
+"""Kinds of dtypes that are numbers: never objects, which would have to be unpickled."""
+MAX_HEADER = 10_000
+"""Bytes of the head of a payload; NumPy's own limit."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the bytes of an array say of themselves.
+
+    Attributes:
+        dtype: dtype of the numbers.
+        shape: shape of the array.
+        fortran: whether the first axis is the fastest.
+        offset: where the numbers begin.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool
+    offset: int
+
+
+def read_head(array: Array) -> Head:
+    """Return dtype and shape of an array without loading it.
+
+    Raises:
+        ValueError: the payload is not exactly one array of numbers in NumPy's format, or another
+            one than `array` says.
+    """
+    if array.stype != NPY:
+        raise ValueError(f"unknown serialization type {str(array.stype)[:40]!r}")
+    data = array.data
+    file = io.BytesIO(data[:MAX_HEADER])
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file, max_header_size=MAX_HEADER)
+    except Exception as error:  # Its parser fails in many ways.
+        raise ValueError("its payload is no array in NumPy's format") from error
+    if dtype.kind not in KINDS or dtype.itemsize > 16:
+        raise ValueError(f"its payload is of dtype {str(dtype)[:40]}, which is no number")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its payload claims the shape {shape}")
+    head = Head(dtype, shape, bool(fortran), file.tell())
+    bytes_claimed = math.prod(shape) * dtype.itemsize
+    bytes_there = len(data) - head.offset
+    if bytes_claimed != bytes_there:
+        raise ValueError(
+            f"its payload claims {dtype} of shape {shape}, {bytes_claimed} bytes, and holds "
+            f"{bytes_there}"
+        )
+    if (array.dtype and np.dtype(array.dtype) != dtype) or (
+        array.shape and tuple(array.shape) != shape
+    ):
+        raise ValueError(
+            f"it is said to be {array.dtype[:40]} of shape {tuple(array.shape)}, its payload is "
+            f"{dtype} of shape {shape}"
+        )
+    return head
+
+
+def read_array(array: Array, head: Head, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """Return the numbers of an array whose head has been read.
+
+    Args:
+        array: what came.
+        head: its head.
+        dtype: what to turn them into; what it cannot hold becomes infinite.
+    """
+    flat = np.frombuffer(array.data, head.dtype, offset=head.offset)
+    values = flat.reshape(head.shape, order="F" if head.fortran else "C")
+    with np.errstate(over="ignore"):
+        return values.astype(head.dtype if dtype is None else dtype, order="C")

@@ -1,0 +1,80 @@
+"""Replies one at a time: a sum instead of all models."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
+from numpy.typing import NDArray
+
+from fl_rebasin.flower.validation import ClientModel, alike
+from fl_rebasin.spec import StateDict
+
+MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+
+
+def takes_only_the_mean(strategy: Strategy) -> bool:
+    """Whether a strategy makes of replies what it makes of their weighted mean.
+
+    A subclass of these may look at each reply.
+    """
+    return type(strategy) in MEANS
+
+
+class RunningMean:
+    """The weighted mean of the models that were added, in float64.
+
+    Args:
+        arrays: the global model, for keys and dtypes.
+
+    Attributes:
+        nodes: who was added.
+    """
+
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self.nodes: list[int] = []
+        self._arrays = arrays
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._weight = 0.0
+        self._replies: list[Message] = []
+
+    @property
+    def count(self) -> int:
+        """How many models were added."""
+        return len(self.nodes)
+
+    def add(self, client: ClientModel, model: StateDict) -> None:
+        """Add a client's model; of its reply only the metrics are kept."""
+        for key, value in model.items():
+            part = client.weight * value.double().numpy()
+            self._sums[key] = self._sums[key] + part if key in self._sums else part
+        self._weight += client.weight
+        self.nodes.append(client.node)
+        self._replies.append(client.reply)
+        self._last = ClientModel(client.reply, client.record_name, {}, client.weight)
+
+    def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
+        """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
+        assert isinstance(strategy, FedAvg)
+        usual = alike(self._replies)
+        contents = [reply.content for reply, kept in zip(self._replies, usual, strict=True) if kept]
+        metrics = strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
+        record = ArrayRecord()
+        for key, like in self._arrays.items():
+            mean = self._sums.pop(key) / self._weight
+            # Integers stay fractions, as in FedAvg; who takes the result rounds them.
+            exact = np.dtype(like.dtype).kind != "f"
+            record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
+        content = RecordDict(dict(self._last.reply.content))
+        content[self._last.record_name] = record
+        reply = self._last.reply
+        reply.content = content
+        return reply, metrics
