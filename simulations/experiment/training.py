@@ -154,4 +154,7 @@ def statistics_batches(
     for part in chosen.split(STATISTICS_BATCH):
         # BatchNorm has no variance over a single image of one pixel a channel.
         if len(part) > 1 or len(chosen) == 1:
-            yield dataset.normalise(images[part]), labels[part]
+            yield (
+                dataset.normalise(images[part]).to(memory_format=torch.channels_last),
+                labels[part],
+            )
