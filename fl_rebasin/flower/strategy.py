@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -253,6 +254,7 @@ class ReBasinStrategy(WrappedStrategy):
             remade, moved = self._remade(clients, order, last=place == len(candidates))
             arrays, metrics = trial.aggregate_train(server_round, [*inbox.failed, *remade])
             del remade
+            gc.collect()  # Flower's views of records are cycles, which would keep all the models.
             if arrays is None:
                 continue
             arrays = like_global(arrays, self._arrays)

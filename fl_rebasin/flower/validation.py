@@ -108,7 +108,9 @@ def read_reply(
     Raises:
         ValueError: they are not what the global model's shape and the round ask for.
     """
-    records = reply.content.array_records
+    records = {
+        key: each for key, each in reply.content.items() if isinstance(each, ArrayRecord)
+    }
     if len(records) != 1:
         raise ValueError(f"expected one ArrayRecord, got {len(records)}")
     name, record = next(iter(records.items()))
@@ -134,13 +136,21 @@ def read_reply(
     return ClientModel(_with_content(reply, RecordDict(rest)), name, state_dict, weight)
 
 
+def _metrics(reply: Message) -> list[MetricRecord]:
+    """Return a reply's metric records.
+
+    Flower's own view of them is a reference cycle, which would keep the reply's model in memory.
+    """
+    return [each for each in reply.content.values() if isinstance(each, MetricRecord)]
+
+
 def _read_weight(reply: Message, key: str, most: float) -> float:
     """Return the one number by which a reply is weighed.
 
     Raises:
         ValueError: it has none, or one that no number of examples can be.
     """
-    found = [each[key] for each in reply.content.metric_records.values() if key in each]
+    found = [each[key] for each in _metrics(reply) if key in each]
     if len(found) != 1 or not isinstance(found[0], (int, float)):
         raise ValueError(f"expected one number {key!r} in its metrics")
     if not 0 < found[0] <= most:  # Written so that NaN fails.
@@ -150,7 +160,7 @@ def _read_weight(reply: Message, key: str, most: float) -> float:
 
 def _check_metrics(reply: Message) -> None:
     """Raise `ValueError` for an integer that no float can hold: averaging it would end the run."""
-    for metrics in reply.content.metric_records.values():
+    for metrics in _metrics(reply):
         for key, value in metrics.items():
             for number in value if isinstance(value, list) else [value]:
                 try:
@@ -173,7 +183,7 @@ def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: 
     if weighted_by_key is not None:
         _read_weight(reply, weighted_by_key, max_examples)
     _check_metrics(reply)
-    for metrics in reply.content.metric_records.values():
+    for metrics in _metrics(reply):
         for key, value in metrics.items():
             if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
                 raise ValueError(f"its metric {key!r} is NaN or infinite")
@@ -185,7 +195,7 @@ def read_label_counts(reply: Message, key: str) -> Tensor:
     Raises:
         ValueError: it reports no list of numbers.
     """
-    found = [metrics[key] for metrics in reply.content.metric_records.values() if key in metrics]
+    found = [metrics[key] for metrics in _metrics(reply) if key in metrics]
     if len(found) != 1 or not isinstance(found[0], list):
         raise ValueError(f"expected one list {key!r} in its metrics")
     counts = torch.tensor(found[0], dtype=torch.float64)

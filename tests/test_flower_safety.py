@@ -1,0 +1,461 @@
+"""What clients may send: nothing of it ends a round, poisons the model or is unpickled."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import dropped, prepare, replies_of, tensors
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Strategy
+from helpers import State, named_spec, near, random_state
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import ZOO
+
+from fl_rebasin import PermutationSpec, derive_spec
+from fl_rebasin.flower import ReBasinStrategy
+
+NET = "conv-batchnorm-flatten"
+
+
+@pytest.fixture(autouse=True)
+def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(monkeypatch, caplog)
+
+
+class Nodes:
+    """A grid for strategies that sample nodes."""
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(1, 11))
+
+
+@cache
+def made(**options: Any) -> ReBasinStrategy:
+    return ReBasinStrategy(
+        FedAvg(), model=ZOO[NET].build(), example_inputs=ZOO[NET].inputs(),
+        recalibrate_batchnorm=False, **options,
+    )  # fmt: skip
+
+
+def a_round(
+    strategy: ReBasinStrategy, model: State, replies: list[Message]
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes()))
+    strategy._grid = None
+    return strategy.aggregate_train(1, replies)
+
+
+# --- anything at all ---------------------------------------------------------------------------
+
+
+@cache
+def start() -> State:
+    return random_state(ZOO[NET], 0)
+
+
+def good(node: int) -> Message:
+    return replies_of({node: near(start(), node)}, loss=0.5)[0]
+
+
+DESCRIPTIONS = st.one_of(
+    st.sampled_from(["<f4", ">f4", "<f8", "<i8", "|b1", "|O", "<U9", "<M8[s]", "<c16", "|V4"]),
+    st.text("<>|fiuObScV0123456789[], '", max_size=6),
+)
+SHAPES = st.one_of(
+    st.sampled_from([(6, 3, 3, 3), (6,), (), (5, 54), (10**13,), (2**63,), (-1, 4)]),
+    st.lists(st.integers(-2, 2**70), max_size=5).map(tuple),
+)
+
+
+@st.composite
+def payloads(draw: st.DrawFn, old: bytes) -> bytes:
+    """Bytes in place of an array's."""
+    kind = draw(st.sampled_from(["bytes", "cut", "spoilt", "head"]))
+    if kind == "bytes":
+        return draw(st.binary(max_size=200))
+    if kind == "cut":
+        return old[: draw(st.integers(0, len(old)))] + draw(st.binary(max_size=3))
+    if kind == "spoilt":
+        spoilt = bytearray(old)
+        places = st.tuples(st.integers(0, len(old) - 1), st.integers(0, 255))
+        for place, byte in draw(st.lists(places, min_size=1, max_size=8)):
+            spoilt[place] = byte
+        return bytes(spoilt)
+    file = io.BytesIO()
+    head = {
+        "descr": draw(DESCRIPTIONS), "fortran_order": draw(st.booleans()), "shape": draw(SHAPES),
+    }  # fmt: skip
+    np.lib.format.write_array_header_1_0(file, head)
+    return file.getvalue() + draw(st.binary(max_size=100))
+
+
+NUMBERS = st.one_of(
+    st.floats(), st.integers(), st.sampled_from([0, -1, 10**18, 10**400, 2**63]),
+    st.lists(st.floats(), max_size=3), st.lists(st.integers(), max_size=3),
+)  # fmt: skip
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> RecordDict:
+    """What a client may send: a good reply with one or two things changed."""
+    content = good(7).content
+    for _ in range(draw(st.integers(1, 2))):
+        arrays = next(iter(content.array_records.values()), ArrayRecord())
+        keys = sorted(arrays)
+        kind = draw(st.sampled_from(["payload", "values", "label", "keys", "metrics", "records"]))
+        if kind in ("payload", "values", "label") and keys:
+            key = draw(st.sampled_from(keys))
+            old = arrays[key]
+            if kind == "payload":
+                arrays[key] = Array(old.dtype, old.shape, old.stype, draw(payloads(old.data)))
+            elif kind == "values":
+                usual = tuple(start()[key].shape) if key in start() else ()
+                shape = draw(st.sampled_from([usual, (1,), (2, 2)]))
+                value = draw(st.sampled_from([np.nan, np.inf, 3e38, 1e300, 0.0, -0.0, 5e-324]))
+                dtype = draw(st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u8", "c8", "?"]))
+                with np.errstate(all="ignore"):
+                    arrays[key] = Array(np.full(shape, value).astype(dtype))
+            else:
+                said = draw(st.sampled_from(["float32", "", "object", "nonsense", "i8"]))
+                stype = draw(st.sampled_from([old.stype, "pickle", ""]))
+                arrays[key] = Array(said, draw(SHAPES), stype, old.data)
+        elif kind == "keys" and keys:
+            arrays[draw(st.text(max_size=3))] = arrays.pop(draw(st.sampled_from(keys)))
+        elif kind == "metrics":
+            name = draw(st.sampled_from(["num-examples", "loss", "other"]))
+            content["metrics"] = MetricRecord({"num-examples": 5, "loss": 0.5, name: draw(NUMBERS)})
+        else:
+            name = draw(st.sampled_from(["arrays", "metrics", "more"]))
+            record = draw(st.sampled_from([ArrayRecord, MetricRecord, ConfigRecord]))()
+            content = RecordDict({**{k: v for k, v in content.items() if k != name}, name: record})
+    return content
+
+
+def sent(content: RecordDict) -> Message:
+    asked = Message(RecordDict(), dst_node_id=7, message_type="train")
+    return Message(content, reply_to=asked)
+
+
+def check_round(odd: RecordDict, options: dict[str, Any]) -> None:
+    replies = [good(1), sent(odd), good(2)]
+    arrays, _ = a_round(made(**options), start(), replies)
+    assert arrays is not None
+    for key, value in tensors(arrays).items():
+        assert value.dtype == start()[key].dtype
+        assert value.shape == start()[key].shape
+        assert bool(torch.isfinite(value).all()), key
+
+
+def tried(examples: int) -> settings:
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, deadline=None, suppress_health_check=checks)
+
+
+WIRE_CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6)
+
+
+def check_wire(changes: list[tuple[int, int]]) -> None:
+    raw = bytearray(recorddict_to_proto(good(7).content).SerializeToString())
+    for place, byte in changes:
+        raw[place % len(raw)] = byte
+    try:
+        odd = recorddict_from_proto(RecordDictProto.FromString(bytes(raw)))
+    except Exception:  # Flower refuses it before the strategy sees it.
+        return
+    check_round(odd, {"align_to": "global"})
+
+
+@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@tried(60)
+@given(odd=contents())
+def test_no_reply_ends_a_round_or_poisons_the_model(
+    options: dict[str, Any], odd: RecordDict
+) -> None:
+    check_round(odd, options)
+
+
+@tried(60)
+@given(changes=WIRE_CHANGES)
+def test_no_bytes_on_the_wire_end_a_round_or_poison_the_model(
+    changes: list[tuple[int, int]],
+) -> None:
+    check_wire(changes)
+
+
+@pytest.mark.slow
+@tried(1000)
+@given(odd=contents())
+def test_a_thousand_replies_do_not_either(odd: RecordDict) -> None:
+    check_round(odd, {"align_to": "global"})
+
+
+@pytest.mark.slow
+@tried(1000)
+@given(changes=WIRE_CHANGES)
+def test_a_thousand_wires_do_not_either(changes: list[tuple[int, int]]) -> None:
+    check_wire(changes)
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+def test_with_too_few_good_replies_the_model_stays(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = sent(RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord({"num-examples": 1})}))
+    strategy = made(min_replies=3, **options)
+    assert a_round(strategy, start(), [good(1), bad, good(2)]) == (None, None)
+    assert "round 1: 2 good replies, 3 are needed: the global model stays as it was" in caplog.text
+    arrays, metrics = a_round(strategy, start(), [good(1), bad, good(2), good(3)])
+    assert arrays is not None
+    assert metrics is not None
+    assert metrics["rebasin-dropped"] == 1
+
+
+def test_the_cap_on_examples_can_be_set(caplog: pytest.LogCaptureFixture) -> None:
+    replies = replies_of({node: near(start(), node) for node in (1, 2)}, {1: 500, 2: 501})
+    arrays, metrics = a_round(made(max_examples=500), start(), replies)
+    alone, _ = a_round(made(max_examples=500), start(), replies[:1])
+    assert arrays == alone
+    assert metrics is not None
+    assert metrics["rebasin-dropped"] == 1
+    assert "reply of node 2 dropped: num-examples is 501, it must be" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+def test_updates_beyond_the_norm_are_dropped_and_permuted_ones_are_not(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, spec = start(), named_spec(NET)
+    shuffle = spec.random(torch.Generator().manual_seed(1))
+    far = {k: v + 1.0 if v.is_floating_point() else v for k, v in near(model, 3).items()}
+    states = {1: near(model, 1), 2: spec.apply(shuffle, near(model, 2)), 3: far}
+    numbers = [v.double() - model[k].double() for k, v in far.items() if v.is_floating_point()]
+    norm = float(torch.cat([each.flatten() for each in numbers]).norm())
+    strategy = made(max_update_norm=1.0, **options)
+    arrays, metrics = a_round(strategy, model, replies_of(states))
+    expected, _ = a_round(strategy, model, replies_of({1: states[1], 2: states[2]}))
+    assert metrics is not None
+    assert metrics["rebasin-dropped"] == 1
+    for key, value in tensors(arrays).items():
+        torch.testing.assert_close(value, tensors(expected)[key])
+    assert f"reply of node 3 dropped: its update has norm {norm:.4g}, at most 1 is" in caplog.text
+    kept, _ = a_round(made(max_update_norm=1.01 * norm, **options), model, replies_of(states))
+    assert kept is not None
+    assert not torch.equal(tensors(kept)["0.weight"], tensors(expected)["0.weight"])
+
+
+def test_an_aggregate_that_is_not_finite_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    class Overflowing(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            assert arrays is not None
+            arrays["8.bias"] = Array(np.full(4, np.inf, np.float32))
+            return arrays, metrics
+
+    strategy = ReBasinStrategy(
+        Overflowing(), model=ZOO[NET].build(), example_inputs=ZOO[NET].inputs()
+    )
+    arrays, _ = a_round(strategy, start(), [good(1), good(2)])
+    assert arrays is None
+    assert "round 1: the aggregated model holds NaN or infinite values" in caplog.text
+
+
+BAD_EVALUATIONS: dict[str, tuple[RecordDict, str]] = {
+    "no-weight": (RecordDict({"metrics": MetricRecord({"accuracy": 0.5})}), "expected one number"),
+    "negative": (
+        RecordDict({"metrics": MetricRecord({"num-examples": -4, "accuracy": 0.5})}),
+        "num-examples is -4",
+    ),
+    "nan": (
+        RecordDict({"metrics": MetricRecord({"num-examples": 4, "accuracy": float("nan")})}),
+        "its metric 'accuracy' is NaN or infinite",
+    ),
+    "infinite-list": (
+        RecordDict({"metrics": MetricRecord({"num-examples": 4, "accuracy": [0.5, float("inf")]})}),
+        "its metric 'accuracy' is NaN or infinite",
+    ),
+    "beyond-floats": (
+        RecordDict({"metrics": MetricRecord({"num-examples": 4, "accuracy": 10**400})}),
+        "its metric 'accuracy' is too large for a float",
+    ),
+    "empty": (RecordDict(), "expected one number"),
+    "other-metrics": (
+        RecordDict({"metrics": MetricRecord({"num-examples": 4, "loss": 0.5})}),
+        "its records are not named as those of the others",
+    ),
+    "other-record": (
+        RecordDict({"results": MetricRecord({"num-examples": 4, "accuracy": 0.5})}),
+        "its records are not named as those of the others",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EVALUATIONS)
+def test_bad_evaluations_are_dropped_and_named(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    def evaluation(node: int, content: RecordDict) -> Message:
+        asked = Message(RecordDict(), dst_node_id=node, message_type="evaluate")
+        return Message(content, reply_to=asked)
+
+    content, words = BAD_EVALUATIONS[case]
+    replies = [
+        evaluation(
+            node, RecordDict({"metrics": MetricRecord({"num-examples": n, "accuracy": accuracy})})
+        )
+        for node, n, accuracy in ((1, 10, 0.5), (2, 30, 0.9))
+    ]
+    metrics = made().aggregate_evaluate(1, [replies[0], evaluation(7, content), replies[1]])
+    assert metrics is not None
+    assert dict(metrics) == pytest.approx({"accuracy": 0.8})
+    (line,) = dropped(caplog)
+    assert line.startswith("reply of node 7 dropped: ")
+    assert words in line
+
+
+# --- robust averages of aligned models ---------------------------------------------------------
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
+def trained(state: State, images: Tensor, labels: Tensor, epochs: int, seed: int) -> State:
+    model = mlp()
+    model.load_state_dict(state)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=generator).split(25):
+            optimiser.zero_grad()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimiser.step()
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(data.data[order] / 8 - 1, dtype=torch.float32)
+    labels = torch.tensor(data.target[order])
+    return images[:1300], labels[:1300], images[1300:], labels[1300:]
+
+
+@cache
+def honest() -> tuple[State, dict[int, State]]:
+    """A global model of some rounds, and ten clients that went on from it."""
+    images, labels, _, _ = digits()
+    torch.manual_seed(0)
+    model = trained(dict(mlp().state_dict()), images[:300], labels[:300], 10, 0)
+    return model, {
+        node: trained(
+            model, images[100 + 120 * place :][:120], labels[100 + 120 * place :][:120], 8, node
+        )
+        for place, node in enumerate(range(1, 11))
+    }
+
+
+def accuracy(state: State) -> float:
+    _, _, images, labels = digits()
+    model = mlp()
+    model.load_state_dict(state)
+    return float((model(images).argmax(1) == labels).double().mean())
+
+
+@cache
+def spec() -> PermutationSpec:
+    return derive_spec(mlp(), torch.zeros(1, 64))
+
+
+def shuffled(state: State, seed: int) -> State:
+    return spec().apply(spec().random(torch.Generator().manual_seed(seed)), state)
+
+
+def noise(state: State, seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(value.shape, generator=generator) for key, value in state.items()}
+
+
+ATTACKS: dict[str, Callable[[State, int], State]] = {
+    "random": noise,
+    "sign-flipped": lambda state, seed: {key: -value for key, value in state.items()},
+    "scaled": lambda state, seed: {key: 100 * value for key, value in state.items()},
+    "boosted": lambda state, seed: {
+        key: honest()[0][key] + 100 * (value - honest()[0][key]) for key, value in state.items()
+    },
+    "permuted": shuffled,
+    "permuted-and-flipped": lambda state, seed: {
+        key: -value for key, value in shuffled(state, seed).items()
+    },
+}
+ROBUST: dict[str, Callable[[], Strategy]] = {
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(beta=0.2),
+    "Krum": lambda: Krum(num_malicious_nodes=2),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=2, num_nodes_to_select=5),
+}
+ATTACKERS = (2, 9)
+
+
+@cache
+def around(inner: str, **options: Any) -> ReBasinStrategy:
+    # None of these has a memory, so that one of each is enough.
+    return ReBasinStrategy(
+        ROBUST[inner](), model=mlp(), example_inputs=torch.zeros(1, 64), **options
+    )
+
+
+def robust(inner: str, align_to: str, states: dict[int, State]) -> State:
+    arrays, _ = a_round(around(inner, align_to=align_to), honest()[0], replies_of(states))
+    return tensors(arrays)
+
+
+@cache
+def honest_accuracy(inner: str, align_to: str) -> float:
+    return accuracy(robust(inner, align_to, honest()[1]))
+
+
+@pytest.mark.parametrize("align_to", ["joint", "global"])
+@pytest.mark.parametrize("inner", ROBUST)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_two_of_ten_clients_cannot_spoil_a_robust_average(
+    attack: str, inner: str, align_to: str
+) -> None:
+    states = {
+        node: ATTACKS[attack](state, node) if node in ATTACKERS else state
+        for node, state in honest()[1].items()
+    }
+    reached = accuracy(robust(inner, align_to, states))
+    assert honest_accuracy(inner, align_to) > 0.85
+    assert reached >= honest_accuracy(inner, align_to) - 0.02
+
+
+@pytest.mark.parametrize("align_to", ["joint", "global"])
+@pytest.mark.parametrize("inner", ROBUST)
+def test_permuted_honest_models_count_as_if_they_were_not_permuted(
+    inner: str, align_to: str
+) -> None:
+    """All ten, so that nothing is left to be robust about: they are recovered, not rejected."""
+    states = {node: shuffled(state, node) for node, state in honest()[1].items()}
+    found, wanted = robust(inner, align_to, states), robust(inner, align_to, honest()[1])
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    # Without alignment it is lost.
+    arrays, _ = a_round(around(inner, matching="none"), honest()[0], replies_of(states))
+    if inner != "Krum":  # It takes one model as it came, whose function is whole.
+        assert accuracy(tensors(arrays)) < accuracy(wanted) - 0.1

@@ -1,0 +1,175 @@
+"""Aligning to the global model: what it is equal to, and how many models it holds."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from federation import prepare, replies_of, tensors
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
+from helpers import State, assert_same, named_spec, near, random_state
+from zoo import ZOO
+
+from fl_rebasin import match_weights
+from fl_rebasin.flower import ReBasinStrategy
+
+NETS = ("mlp", "conv-batchnorm-flatten", "residual-batchnorm")
+WEIGHTS = {1: 10, 2: 30, 3: 5, 4: 20}
+
+INNER: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedProx": lambda: FedProx(proximal_mu=0.1),
+    "FedAvgM": lambda: FedAvgM(server_learning_rate=0.7, server_momentum=0.9),
+    "FedAdagrad": FedAdagrad,
+    "FedAdam": lambda: FedAdam(eta=0.01),
+    "FedYogi": lambda: FedYogi(eta=0.01),
+    "its own metrics": lambda: FedAvg(train_metrics_aggr_fn=largest),
+    "FedMedian": FedMedian,  # Needs all models at once.
+}
+
+
+def largest(contents: list[RecordDict], key: str) -> MetricRecord:
+    return MetricRecord({"largest": max(each["metrics"]["loss"] for each in contents)})
+
+
+@pytest.fixture(autouse=True)
+def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(monkeypatch, caplog)
+
+
+def wrapped(name: str, inner: Strategy, **options: object) -> ReBasinStrategy:
+    return ReBasinStrategy(
+        inner, model=ZOO[name].build(), example_inputs=ZOO[name].inputs(),
+        recalibrate_batchnorm=False, align_to="global", **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def clients(name: str, model: State, server_round: int) -> dict[int, State]:
+    """Models near the global one, their units in any order."""
+    spec, found = named_spec(name), {}
+    for node in WEIGHTS:
+        generator = torch.Generator().manual_seed(10 * server_round + node)
+        found[node] = spec.apply(spec.random(generator), near(model, 10 * server_round + node))
+    return found
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name", NETS)
+def test_each_client_is_matched_to_the_global_model_and_the_rest_is_the_inner_strategys(
+    name: str, inner: str
+) -> None:
+    spec, plain = named_spec(name), INNER[inner]()
+    strategy = wrapped(name, INNER[inner]())
+    model = expected = ArrayRecord(random_state(ZOO[name], 0))
+    losses = {node: float(node) for node in WEIGHTS}
+    for server_round in (1, 2):
+        states = clients(name, tensors(model), server_round)
+        aligned = {
+            node: spec.apply(match_weights(spec, tensors(model), state).permutation, state)
+            for node, state in states.items()
+        }
+        list(plain.configure_train(server_round, expected, ConfigRecord(), FourNodes()))
+        list(strategy.configure_train(server_round, model, ConfigRecord(), FourNodes()))
+        wanted, wanted_metrics = plain.aggregate_train(
+            server_round, replies_of(aligned, WEIGHTS, loss=losses)
+        )
+        found, metrics = strategy.aggregate_train(
+            server_round, iter(replies_of(states, WEIGHTS, loss=losses))
+        )
+        assert wanted is not None
+        assert found is not None
+        assert metrics is not None
+        assert wanted_metrics is not None
+        for key, value in tensors(wanted).items():
+            rounded = value if value.is_floating_point() else value.long()
+            assert (
+                torch.allclose(tensors(found)[key].double(), rounded.double(), rtol=1e-4, atol=1e-6)
+                or not tensors(model)[key].is_floating_point()
+            )
+        assert {key: metrics[key] for key in wanted_metrics} == pytest.approx(dict(wanted_metrics))
+        assert metrics["rebasin-units-moved"] > 0
+        assert metrics["rebasin-dropped"] == 0
+        model, expected = found, ArrayRecord(tensors(found))
+
+
+class FourNodes:
+    """A grid for strategies that sample nodes."""
+
+    def get_node_ids(self) -> list[int]:
+        return list(WEIGHTS)
+
+
+def watched(messages: list[Message], alive: list[int]) -> Iterator[Message]:
+    """Hand messages out one by one; note how many of those handed out are still held."""
+    records: list[weakref.ref[Any]] = []
+    while messages:
+        message = messages.pop(0)
+        records.append(weakref.ref(message.content["arrays"]))
+        alive.append(sum(record() is not None for record in records))
+        yield message
+        del message
+
+
+@pytest.mark.parametrize(("inner", "most"), [("FedAvg", 2), ("FedAdam", 2), ("FedMedian", 2)])
+def test_replies_are_let_go_as_soon_as_they_are_read(inner: str, most: int) -> None:
+    name = "mlp"
+    model = random_state(ZOO[name], 0)
+    strategy = wrapped(name, INNER[inner]())
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    states = {node: near(model, node) for node in range(1, 13)}
+    alive: list[int] = []
+    replies = watched(replies_of(states), alive)
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    assert len(alive) == 12
+    assert max(alive) <= most
+
+
+def test_what_needs_all_models_gets_them() -> None:
+    name = "mlp"
+    model = random_state(ZOO[name], 0)
+    states = clients(name, model, 1)
+    spec = named_spec(name)
+    strategy = wrapped(name, FedMedian())
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    arrays, metrics = strategy.aggregate_train(1, replies_of(states, WEIGHTS))
+    aligned = [
+        spec.apply(match_weights(spec, model, state).permutation, state)
+        for state in states.values()
+    ]
+    for key, value in tensors(arrays).items():
+        middle = torch.stack([each[key] for each in aligned]).quantile(0.5, dim=0)
+        torch.testing.assert_close(value, middle)
+    assert metrics is not None
+    assert metrics["rebasin-similarity-after"] > metrics["rebasin-similarity-before"]
+
+
+def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    name = "mlp"
+    model = random_state(ZOO[name], 0)
+    replies = replies_of({node: near(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
+    odd = replies_of({9: near(model, 9)}, {9: 10}, surprise=3.0)
+    strategy = wrapped(name, FedAvg())
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    arrays, metrics = strategy.aggregate_train(1, [*odd, *replies])
+    plain, _ = FedAvg().aggregate_train(
+        1, [*replies_of({9: near(model, 9)}, {9: 10}, loss=1.0), *replies]
+    )
+    assert_same(tensors(arrays), tensors(plain), rtol=1e-5, atol=1e-6)
+    assert metrics is not None
+    assert metrics["loss"] == pytest.approx(1.0)
+    assert "surprise" not in metrics
+    assert "reply of node 9 dropped: its records are not named" in caplog.text
