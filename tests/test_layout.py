@@ -99,9 +99,11 @@ def test_only_flower_imports_flower(file: str) -> None:
     assert not {n for n in imports(ROOT / file) if n.split(".")[0] in ("flwr", "ray")}
 
 
-def test_simulations_use_public_modules_only() -> None:
-    folder = ROOT.parent / "simulations"
+@pytest.mark.parametrize("name", ["simulations", "examples"])
+def test_scripts_use_public_modules_only(name: str) -> None:
+    folder = ROOT.parent / name
     used = {n for path in folder.rglob("*.py") for n in imports(path) if n.startswith("fl_rebasin")}
+    assert used
     assert used <= {"fl_rebasin", "fl_rebasin.flower", "fl_rebasin.metrics"}
 
 

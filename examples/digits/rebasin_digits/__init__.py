@@ -1,0 +1,1 @@
+"""A Flower App: scikit-learn's digits, a small MLP, FedAvg of aligned models."""
