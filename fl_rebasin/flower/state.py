@@ -221,8 +221,9 @@ def _encode_tensor(tensor: Tensor, arrays: Arrays, path: str) -> dict[str, Any]:
 
 def _decode_tensor(node: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Tensor:
     dtype = getattr(torch, node["dtype"])
-    flat = torch.from_numpy(np.array(arrays[node["tensor"]])).view(dtype)
-    return flat.reshape(node["shape"]).to(node["device"])
+    tensor = torch.empty(node["shape"], dtype=dtype)
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = arrays[node["tensor"]]
+    return tensor.to(node["device"])
 
 
 def _encode_flower(array: Array, arrays: Arrays, path: str) -> dict[str, Any]:
