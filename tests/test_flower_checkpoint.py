@@ -32,7 +32,6 @@ from flwr.serverapp.strategy import (
     FedMedian,
     FedYogi,
     MultiKrum,
-    QFedAvg,
     Strategy,
 )
 from interrupted import (
@@ -123,7 +122,6 @@ INNER: dict[str, Callable[[], Strategy]] = {
     "FedYogi": lambda: FedYogi(**HALF, eta=0.01),
     "FedMedian": lambda: FedMedian(**HALF),
     "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2),
-    "QFedAvg": lambda: QFedAvg(client_learning_rate=0.1, train_loss_key="num-examples"),
     "fixed(FedAvg)": lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.05, 0.1, 4),
     "adaptive(FedAvgM)": lambda: DifferentialPrivacyServerSideAdaptiveClipping(
         FedAvgM(server_momentum=0.9), 0.05, 4
