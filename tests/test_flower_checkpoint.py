@@ -426,11 +426,11 @@ def _flipped(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda path: path.write_bytes(b""), "header too small"),
-    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 100), "not fully covered"),
-    "truncated head": (lambda path: os.truncate(path, 500), "invalid header length"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 100), "cannot be read"),
+    "truncated head": (lambda path: os.truncate(path, 500), "cannot be read"),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot be read"),
-    "garbage": (lambda path: path.write_bytes(random.Random(1).randbytes(10_000)), "header"),
+    "garbage": (lambda path: path.write_bytes(random.Random(1).randbytes(10_000)), "cannot be read"),
     "a bit": (_flipped, "does not fit its digest"),
     "no metadata": (lambda path: save_file(load_file(path), path), "format None"),
     "version": (lambda path: _with_metadata(path, format="fl_rebasin.checkpoint/9"), "reads fl_"),
