@@ -74,6 +74,7 @@ class Restless(FedAvg):
         self.half = torch.ones(2, dtype=torch.bfloat16)
         self.nested: Any = None
         self.scratch = 1
+        self.offset = 0.0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -87,11 +88,14 @@ class Restless(FedAvg):
         self.seen[server_round] = drawn
         self.half = self.half * 1.01
         self.nested = (OrderedDict(b=np.asarray(drawn, dtype=">f4")), {1: arrays, "1": -0.0})
+        if server_round == 1:
+            self.offset = drawn[0] / 100
         if server_round == 2:
             del self.scratch
         # Flower's own examples change the learning rate like this.
         config["lr"] *= 0.5 + sum(sum(each) for each in self.seen.values()) / 100
-        config["lr"] += float(self.half.sum()) / 1e4
+        config["lr"] += float(self.half.sum()) / 1e4 + self.offset
+        config["lr"] *= 2 if hasattr(self, "scratch") else 1
         return super().configure_train(server_round, arrays, config, grid)
 
 
@@ -714,7 +718,10 @@ def test_other_values_cannot_be_stored(value: Any) -> None:
 
 def test_a_fingerprint_changes_with_what_cannot_be_stored() -> None:
     ledger = Ledger()
-    held: list[Any] = [ledger, nn.Linear(2, 2), {1, 2}, lambda: 1]
+    held: list[Any] = [
+        ledger, nn.Linear(2, 2), {1, 2}, lambda: 1, torch.ones(2).to_sparse(),
+        np.zeros(1, [("a", "f4")]), np.array([None]), np.ma.masked_array([1]), Path("here"),
+    ]  # fmt: skip
     held.append(held)
     before = fingerprint(held)
     assert fingerprint(held) == before
@@ -723,7 +730,10 @@ def test_a_fingerprint_changes_with_what_cannot_be_stored() -> None:
     assert after != before
     with torch.no_grad():
         held[1].bias[0] += 1
-    assert fingerprint(held) != after
+    last = fingerprint(held)
+    assert last != after
+    held[5]["a"] += 1
+    assert fingerprint(held) != last
 
 
 def test_decoded_arrays_share_nothing() -> None:

@@ -78,7 +78,7 @@ def encode(value: Any, arrays: Arrays, path: str) -> Any:
     for name, generator in _GENERATORS.items():
         if kind is generator.type and (state := generator.read(value)) is not None:
             return {"generator": name, "state": encode(state, arrays, path)}
-    raise UnstorableError(kind.__qualname__)
+    raise UnstorableError(f"no checkpoint can hold a value of type {kind.__qualname__}")
 
 
 def decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -145,17 +145,22 @@ def _fingerprint(value: Any, above: tuple[int, ...]) -> str:
     parts = [type(value).__qualname__]
     try:
         parts += [_fingerprint(part, above) for part in _parts(value)]
-    except Exception:
+    except Exception:  # Objects may do anything when they are asked for what they hold.
         parts = []
+    if isinstance(value, (set, frozenset)):
+        parts.sort()
     # What shows nothing of itself has changed when it is another object.
     return digest_of(" ".join(parts if len(parts) > 1 else [str(id(value))]), {})
 
 
 def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, Tensor):
-        return [value.detach().clone().as_subclass(Tensor)]
+        plain = value.detach().as_subclass(Tensor)
+        return [plain if plain.layout == torch.strided else plain.to_dense()]
     if isinstance(value, np.ndarray):
-        return [np.asarray(value).tolist() if value.dtype.hasobject else np.array(value)]
+        if value.dtype.hasobject:
+            return [value.tolist()]
+        return [str(value.dtype), list(value.shape), value.tobytes()]
     if isinstance(value, Mapping):
         return [part for pair in value.items() for part in pair]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
