@@ -213,12 +213,12 @@ def test_a_run_may_break_again_and_again(tmp_path: Path) -> None:
 
 
 def test_the_same_object_may_go_on(tmp_path: Path) -> None:
-    expected = everything(run(aligned(restless()), ROUNDS))
+    expected = everything(run(aligned(restless()), 4))
     strategy = aligned(restless(), tmp_path, resume=True)
     run(strategy, 2)
     run(strategy, 3, seed=99)
     # What did not change after the second start is in the last file all the same.
-    assert everything(resumed(tmp_path, inner=restless())) == expected
+    assert everything(resumed(tmp_path, 4, restless())) == expected
 
 
 def test_a_killed_run_ends_as_one_that_never_broke(tmp_path: Path) -> None:
