@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -173,3 +173,61 @@ def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptur
     assert metrics["loss"] == pytest.approx(1.0)
     assert "surprise" not in metrics
     assert "reply of node 9 dropped: its records are not named" in caplog.text
+
+
+class Mailbox(FourNodes):
+    """A grid that makes each reply only when it is asked for, and counts those that still live."""
+
+    pull_interval = 0.0
+
+    def __init__(self, states: dict[int, State]) -> None:
+        self.states = states
+        self.asked: dict[str, Message] = {}
+        self.records: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.states)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self.asked = {str(place): message for place, message in enumerate(messages)}
+        return list(self.asked)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [
+            self.reply(self.asked[each])
+            for each in message_ids
+            if self.asked[each].metadata.dst_node_id != SILENT
+        ]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return [self.reply(message) for message in messages]
+
+    def reply(self, asked: Message) -> Message:
+        node = asked.metadata.dst_node_id
+        (reply,) = replies_of({node: self.states[node]})
+        self.records.append(weakref.ref(reply.content["arrays"]))
+        self.most = max(self.most, sum(record() is not None for record in self.records))
+        return reply
+
+
+SILENT = 5
+
+
+@pytest.mark.parametrize("inner", ["FedAvg", "FedMedian"])
+def test_a_run_takes_replies_one_by_one(inner: str) -> None:
+    name = "mlp"
+    model = random_state(ZOO[name], 0)
+    options = {"fraction_evaluate": 0.0}
+    strategy = wrapped(name, {"FedAvg": FedAvg, "FedMedian": FedMedian}[inner](**options))
+    grid = Mailbox({node: near(model, node) for node in range(1, 13)})
+    result = strategy.start(grid, ArrayRecord(model), num_rounds=2, timeout=0.2)  # type: ignore[arg-type]
+    assert set(result.train_metrics_clientapp) == {1, 2}
+    if inner == "FedAvg":
+        # One that never answers costs the time that is allowed, and nothing else.
+        assert len(grid.records) == 2 * 11
+        assert grid.most <= 2
+    else:
+        assert len(grid.records) == 2 * 12

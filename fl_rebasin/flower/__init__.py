@@ -5,6 +5,7 @@ from fl_rebasin.flower.batchnorm import (
     add_batchnorm_handler,
     recalibrate_on_clients,
 )
+from fl_rebasin.flower.checkpoint import Checkpoint, load_checkpoint
 from fl_rebasin.flower.guard import add_guard_handler
 from fl_rebasin.flower.handlers import add_rebasin_handlers
 from fl_rebasin.flower.least_squares import add_least_squares_handler
@@ -15,6 +16,7 @@ from fl_rebasin.flower.wrapper import WrappedStrategy
 
 __all__ = [
     "BatchNormRecalibration",
+    "Checkpoint",
     "ReBasinStrategy",
     "WrappedStrategy",
     "add_batchnorm_handler",
@@ -22,6 +24,7 @@ __all__ = [
     "add_least_squares_handler",
     "add_matching_handler",
     "add_rebasin_handlers",
+    "load_checkpoint",
     "rebasin_mod",
     "recalibrate_on_clients",
 ]

@@ -8,20 +8,23 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.derive import ExampleInputs, derive_spec
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
+from fl_rebasin.flower.checkpointed import Checkpointed, EvaluateFn, check_options
 from fl_rebasin.flower.guard import choose_on_clients
 from fl_rebasin.flower.least_squares import fit_on_clients
 from fl_rebasin.flower.matching import match_on_clients
+from fl_rebasin.flower.one_by_one import OneByOne
 from fl_rebasin.flower.queries import reason
 from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.validation import (
@@ -35,7 +38,7 @@ from fl_rebasin.flower.validation import (
     read_label_counts,
     with_model,
 )
-from fl_rebasin.flower.wrapper import WrappedStrategy
+from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.heads import check_counts, class_aware_head, last_layer, without_label_prior
 from fl_rebasin.least_squares import MAX_FEATURES, plan
 from fl_rebasin.matching import check_finite, match_weights
@@ -105,6 +108,12 @@ class ReBasinStrategy(WrappedStrategy):
             clients evaluate them on held-back data, and keep the best by the example-weighted
             loss. The wrapped strategy aggregates once for each; it keeps the state of the one
             that is chosen.
+        checkpoint_dir: a folder; after each round one file goes there that holds all that the
+            server needs to go on: model, state of the wrapped strategies, metrics, random state
+            (of `random`, NumPy and PyTorch on the CPU). What clients keep is theirs.
+        keep_checkpoints: how many of the newest stay.
+        resume: let `start` go on after the newest checkpoint in the folder, or begin if there is
+            none. The result is that of a run without a break.
 
     Attributes:
         spec: the permutation spec of the model.
@@ -130,6 +139,8 @@ class ReBasinStrategy(WrappedStrategy):
         {'0': 8}
     """
 
+    of_one_round = frozenset({"_arrays", "_grid"})
+
     def __init__(
         self,
         strategy: Strategy | None = None,
@@ -146,8 +157,12 @@ class ReBasinStrategy(WrappedStrategy):
         min_replies: int = 1,
         max_examples: float = MAX_EXAMPLES,
         max_update_norm: float | None = None,
+        checkpoint_dir: str | Path | None = None,
+        keep_checkpoints: int = 3,
+        resume: bool = False,
     ) -> None:
         super().__init__(strategy)
+        check_options(checkpoint_dir, keep_checkpoints, resume)
         for name, value, known in (
             ("matching", matching, get_args(Matching)),
             ("least_squares", least_squares, get_args(LeastSquares)),
@@ -173,6 +188,10 @@ class ReBasinStrategy(WrappedStrategy):
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.label_counts = label_counts
         self.guard = guard
+        self.checkpoint_dir = checkpoint_dir
+        self.keep_checkpoints = keep_checkpoints
+        self.resume = resume
+        self._writes_checkpoints = False
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
         limit = 0 if least_squares == "rescaling" else max_features
         self._steps = plan(model, example_inputs, limit) if least_squares != "none" else []
@@ -188,6 +207,41 @@ class ReBasinStrategy(WrappedStrategy):
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run all rounds, as Flower's strategies do; with checkpoints if there is a folder.
+
+        Replies are let go as soon as they are read.
+
+        Raises:
+            ValueError: the folder holds checkpoints and `resume` is off, or they do not fit.
+            OSError: a checkpoint cannot be written.
+        """
+        grid = OneByOne(grid, lazy=self._streams)
+        if self.checkpoint_dir is None:
+            return super().start(
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+                evaluate_fn,
+            )  # fmt: skip
+        self._writes_checkpoints = True
+        try:
+            return Checkpointed(
+                self, Path(self.checkpoint_dir), self.keep_checkpoints, resume=self.resume
+            ).start(
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+                evaluate_fn,
+            )  # fmt: skip
+        finally:
+            self._writes_checkpoints = False
+
     @property
     def _streams(self) -> bool:
         """Whether nothing needs more than one client's model at a time."""
@@ -202,7 +256,7 @@ class ReBasinStrategy(WrappedStrategy):
     @property
     def weighted_by_key(self) -> str:
         """Name of the metric that weighs a reply: that of the innermost wrapped strategy."""
-        return str(getattr(_levels(self.strategy)[-1], "weighted_by_key", "num-examples"))
+        return str(getattr(levels(self.strategy)[-1], "weighted_by_key", "num-examples"))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -212,7 +266,13 @@ class ReBasinStrategy(WrappedStrategy):
         Raises:
             SpecError: the global model is not of the architecture that the spec was derived from,
                 or holds NaN or infinite values.
+            ValueError: another strategy's `start` runs the rounds, which writes no checkpoints.
         """
+        if self.checkpoint_dir is not None and not self._writes_checkpoints:
+            raise ValueError(
+                "checkpoint_dir needs the rounds to be run by the start() of ReBasinStrategy: make "
+                "it the outermost strategy, or leave checkpoint_dir out"
+            )
         check_finite(self.spec, arrays.to_torch_state_dict(), "global model")
         self._arrays = arrays
         self._grid = grid
@@ -280,7 +340,7 @@ class ReBasinStrategy(WrappedStrategy):
         """As the wrapped strategy, without the replies that are no good."""
         good: list[Message] = []
         failed: list[Message] = []
-        key = getattr(_levels(self.strategy)[-1], "weighted_by_key", None)
+        key = getattr(levels(self.strategy)[-1], "weighted_by_key", None)
         for reply in replies:
             try:
                 if reply.has_error():
@@ -415,7 +475,7 @@ class ReBasinStrategy(WrappedStrategy):
         """Give the wrapped strategies the memory of their copies; they stay the same objects."""
         if chosen is self.strategy:
             return
-        pairs = list(zip(_levels(self.strategy), _levels(chosen), strict=True))
+        pairs = list(zip(levels(self.strategy), levels(chosen), strict=True))
         memo = {id(self._grid): self._grid, **{id(copied): old for old, copied in pairs}}
         for old, copied in pairs:
             vars(old).update(copy.deepcopy(vars(copied), memo))
@@ -602,14 +662,6 @@ class ReBasinStrategy(WrappedStrategy):
             *(self.matching, self.least_squares, "on" if self.guard else "off"),
         )
         super().summary()
-
-
-def _levels(strategy: Strategy) -> list[Strategy]:
-    """Return a strategy and those that it wraps, the outermost first."""
-    levels = [strategy]
-    while isinstance(inner := getattr(levels[-1], "strategy", None), Strategy):
-        levels.append(inner)
-    return levels
 
 
 def _still(orders: Iterable[Permutation]) -> bool:

@@ -108,9 +108,7 @@ def read_reply(
     Raises:
         ValueError: they are not what the global model's shape and the round ask for.
     """
-    records = {
-        key: each for key, each in reply.content.items() if isinstance(each, ArrayRecord)
-    }
+    records = {key: each for key, each in reply.content.items() if isinstance(each, ArrayRecord)}
     if len(records) != 1:
         raise ValueError(f"expected one ArrayRecord, got {len(records)}")
     name, record = next(iter(records.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -14,7 +15,13 @@ class WrappedStrategy(Strategy):
 
     Args:
         strategy: any Flower strategy; `FedAvg()` by default.
+
+    Attributes:
+        of_one_round: names of attributes that `configure_train` sets anew each round, so that no
+            checkpoint needs them.
     """
+
+    of_one_round: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, strategy: Strategy | None = None) -> None:
         self.strategy = strategy if strategy is not None else FedAvg()
@@ -46,3 +53,11 @@ class WrappedStrategy(Strategy):
     def summary(self) -> None:
         """As the wrapped strategy."""
         self.strategy.summary()
+
+
+def levels(strategy: Strategy) -> list[Strategy]:
+    """Return a strategy and those that it wraps, the outermost first."""
+    found = [strategy]
+    while isinstance(inner := getattr(found[-1], "strategy", None), Strategy):
+        found.append(inner)
+    return found

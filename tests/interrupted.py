@@ -1,0 +1,228 @@
+"""A run that a test breaks off: the same federation each time; as a script it kills its own runs.
+
+`python interrupted.py FOLDER ROUNDS` starts the run again and again and kills it with SIGKILL:
+first at chosen moments of writing, then at random ones. When one run gets through, its result is in
+`FOLDER/result.json`, and what lay in the folder after each death is printed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from federation import Federation, tensors
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, Result, Strategy
+from flwr.supercore.task_identity import TaskIdentity
+from helpers import near
+from torch import nn
+
+from fl_rebasin.flower import ReBasinStrategy
+
+NODES = range(1, 5)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@cache
+def template() -> ReBasinStrategy:
+    return ReBasinStrategy(
+        model=net(), example_inputs=torch.zeros(2, 3), recalibrate_batchnorm=False
+    )
+
+
+def aligned(inner: Strategy, folder: Path | None = None, **options: Any) -> ReBasinStrategy:
+    """A new strategy; its spec is derived once."""
+    strategy = copy.copy(template())
+    strategy.strategy = inner
+    strategy.checkpoint_dir = folder
+    vars(strategy).update(options)
+    return strategy
+
+
+def client(node: int) -> Callable[[Message, Context], Message]:
+    """A client who goes by the model, the round and the config, and by nothing else."""
+
+    def answer(message: Message, context: Context) -> Message:
+        config = message.content.config_records["config"]
+        spec, seed = template().spec, 100 * config["server-round"] + node
+        metrics = {"num-examples": node, "loss": math.sin(seed), "norm_bit": seed % 2}
+        state = tensors(message.content.array_records["arrays"])
+        if message.metadata.message_type != "train":
+            metrics["weight"] = float(state["0.weight"].double().sum())
+            return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        trained = near(state, seed, scale=config.get("lr", 0.01))
+        if seed % 3 == 0:
+            generator = torch.Generator().manual_seed(seed)
+            trained = spec.apply(spec.random(generator), trained)
+        content = {"arrays": ArrayRecord(trained), "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    return answer
+
+
+def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+    """Measures that go by the model and by all the random states."""
+    if server_round == 2:
+        return None
+    return MetricRecord(
+        {
+            "round": server_round,
+            "norm": float(tensors(arrays)["3.weight"].double().norm()),
+            "drawn": [random.random(), random.gauss(), float(np.random.normal())],
+            "also-drawn": np.float64(torch.rand(()).item()),
+            "odd": [math.nan, math.inf, -math.inf, -0.0],
+            "count": 2**62 + server_round,
+        }
+    )
+
+
+def run(strategy: Strategy, rounds: int, world: Federation | None = None, seed: int = 7) -> Result:
+    """All rounds that the strategy has to run."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    world = Federation({node: client(node) for node in NODES}) if world is None else world
+    initial = ArrayRecord(template().model.state_dict())
+    config = ConfigRecord({"lr": 0.01})
+    return strategy.start(world.grid, initial, rounds, train_config=config, evaluate_fn=evaluate)
+
+
+def timeless(metrics: dict[int, MetricRecord]) -> list[Any]:
+    """All metrics but for measured seconds; as text, in which NaN equals NaN."""
+    return [
+        (number, [(key, repr(value)) for key, value in record.items() if "seconds" not in key])
+        for number, record in metrics.items()
+    ]
+
+
+def everything(result: Result) -> list[Any]:
+    """All that a run leaves, as text: equal if each bit is."""
+    return [
+        [(key, a.dtype, list(a.shape), a.data.hex()) for key, a in result.arrays.items()],
+        timeless(result.train_metrics_clientapp),
+        timeless(result.evaluate_metrics_clientapp),
+        timeless(result.evaluate_metrics_serverapp),
+        repr(random.getstate()),
+        repr([list(map(str, part)) if isinstance(part, np.ndarray) else part
+              for part in np.random.get_state()]),
+        torch.get_rng_state().tolist(),
+    ]  # fmt: skip
+
+
+def interrupted(folder: Path, rounds: int) -> Result:
+    return run(
+        aligned(FedAdam(fraction_train=0.5), folder, resume=True, keep_checkpoints=2), rounds
+    )
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _deadly(function: Callable[..., Any], calls: int, after: bool) -> Callable[..., Any]:
+    """A function that does not survive one of its calls."""
+    counted = iter(range(calls))
+
+    def call(*args: Any, **options: Any) -> Any:
+        last = next(counted, None) is None
+        if last and not after:
+            _die()
+        value = function(*args, **options)
+        if last:
+            _die()
+        return value
+
+    return call
+
+
+def _half_written(calls: int) -> None:
+    counted = iter(range(calls))
+    true_open = builtins.open
+
+    def half_open(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = true_open(path, mode, *args, **options)
+        if mode == "wb" and next(counted, None) is None:
+            write = file.write
+
+            class Half:
+                def __enter__(self) -> Half:
+                    return self
+
+                def __exit__(self, *error: object) -> None: ...
+
+                def write(self, data: bytes) -> None:
+                    write(data[: len(data) // 2])
+                    file.flush()
+                    _die()
+
+            return Half()
+        return file
+
+    builtins.open = half_open  # type: ignore[assignment]
+
+
+def _faults() -> Iterator[Callable[[], None]]:
+    """What is set up in a run so that it dies while it writes."""
+
+    def dying(name: str, calls: int, after: bool) -> Callable[[], None]:
+        return lambda: setattr(os, name, _deadly(getattr(os, name), calls, after))
+
+    for calls in (0, 1, 2):
+        yield lambda calls=calls: _half_written(calls)
+        for name in ("fsync", "replace", "unlink"):
+            yield dying(name, calls, after=False)
+            yield dying(name, calls, after=True)
+
+
+def _child(folder: Path, rounds: int, fault: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        fault()
+        result = interrupted(folder, rounds)
+        with open(folder / "result.json", "w") as file:
+            json.dump(everything(result), file)
+        os._exit(0)
+    return pid
+
+
+def main(folder: Path, rounds: int) -> None:
+    torch.set_num_threads(1)
+    for name in ("_task_id", "_run_id", "_node_id"):
+        setattr(TaskIdentity, name, 1)
+    template()
+    rng = random.Random(1)
+    deaths: list[str] = []
+    faults = _faults()
+    while True:
+        fault = next(faults, None)
+        pid = _child(folder, rounds, fault or (lambda: None))
+        if fault is None:
+            time.sleep(rng.uniform(0.0, 0.4))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, "the run failed"
+            break
+        deaths.append(" ".join(sorted(path.name for path in folder.iterdir())))
+    sys.stdout.write(json.dumps(deaths))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
