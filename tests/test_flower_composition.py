@@ -42,6 +42,7 @@ OWN_METRICS = {
     "rebasin-units-moved",
     "rebasin-sweeps",
     "rebasin-seconds",
+    "rebasin-dropped",
 }
 NORM_BITS = dict(enumerate((1, 0, 1, 1, 0), start=1))
 

@@ -291,7 +291,10 @@ BAD: dict[str, tuple[Callable[[Answer], Answer | None], str]] = {
     "int32": (order(ORDER.astype(np.int32)), ASKED + "int32"),
     "uint64": (order(ORDER.astype(np.uint64)), ASKED + "uint64"),
     "other-endian": (order(ORDER.astype(">i8")), ASKED + ">i8"),
-    "text": (order([str(each) for each in ORDER]), ASKED + "<U1"),
+    "text": (
+        order([str(each) for each in ORDER]),
+        "its payload is of dtype <U1, which is no number",
+    ),
     "lacks-a-group": (
         tampered(lambda content: content.array_records["permutation"].pop(SECOND)),
         r"permutation and spec differ in the groups \['4'\]",
@@ -309,11 +312,11 @@ BAD: dict[str, tuple[Callable[[Answer], Answer | None], str]] = {
         tampered(lambda content: content.update(permutation=MetricRecord({"0": [1, 0]}))),
         "'permutation' is missing",
     ),
-    "pickle": (payload(pickle.dumps(list(ORDER))), "allow_pickle"),
-    "garbage": (payload(b"garbage"), "allow_pickle"),
-    "no-bytes": (payload(b""), "No data left"),
-    "truncated": (payload(Array(ORDER).data[:-9]), r"\S"),
-    "vast": (payload(vast("<i8")), "Unable to allocate"),
+    "pickle": (payload(pickle.dumps(list(ORDER))), "no array in NumPy's format"),
+    "garbage": (payload(b"garbage"), "no array in NumPy's format"),
+    "no-bytes": (payload(b""), "no array in NumPy's format"),
+    "truncated": (payload(Array(ORDER).data[:-9]), "bytes, and holds"),
+    "vast": (payload(vast("<i8")), "80000000000000 bytes, and holds 0"),
 }
 
 
