@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from fl_rebasin.flower.queries import reason
 
 POLL_SECONDS = 3.0
 """Pause between two looks for replies, as in Flower, where the grid does not say."""
@@ -37,12 +41,20 @@ class OneByOne(Grid):
     def _pulled(self, message_ids: list[str], timeout: float | None) -> Iterator[Message]:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
+            # Decided before the look: who takes a reply may take long, and meanwhile others come.
+            last = time.monotonic() >= end
             for message_id in list(message_ids):
-                for reply in self._grid.pull_messages([message_id]):
+                try:
+                    replies = list(self._grid.pull_messages([message_id]))
+                except (TypeError, ValueError, LookupError, AssertionError) as error:
+                    # What Flower raises where a reply cannot be parsed; the others still can.
+                    log(WARNING, "a reply dropped: it cannot be parsed: %s", reason(error))
                     message_ids.remove(message_id)
-                    yield reply
-                    del reply
-            if not message_ids or time.monotonic() >= end:
+                    continue
+                if replies:
+                    message_ids.remove(message_id)
+                yield from _popped(replies)
+            if not message_ids or last:
                 return
             time.sleep(getattr(self._grid, "pull_interval", POLL_SECONDS))
 

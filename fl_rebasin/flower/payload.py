@@ -15,6 +15,8 @@ NPY = "numpy.ndarray"
 """Flower's name of its only serialisation of arrays: NumPy's file format."""
 KINDS = "biufc"
 """Kinds of dtypes that are numbers: never objects, which would have to be unpickled."""
+MAX_NAME, MAX_AXES = 40, 64
+"""Length of a dtype's name, and axes of an array, beyond which neither is looked at."""
 MAX_HEADER = 10_000
 """Bytes of the head of a payload; NumPy's own limit."""
 
@@ -68,6 +70,8 @@ def read_head(array: Array) -> Head:
             f"its payload claims {dtype} of shape {shape}, {bytes_claimed} bytes, and holds "
             f"{bytes_there}"
         )
+    if len(array.dtype) > MAX_NAME or len(array.shape) > MAX_AXES:
+        raise ValueError("it is said to be of an odd dtype or shape")
     if (array.dtype and np.dtype(array.dtype) != dtype) or (
         array.shape and tuple(array.shape) != shape
     ):

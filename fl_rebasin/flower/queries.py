@@ -16,6 +16,9 @@ from torch import nn
 TIMEOUT = 3600.0
 """Seconds that the server waits for answers."""
 
+MAX_REASON = 300
+"""Characters of a reason that go to the log."""
+
 LoadFn: TypeAlias = Callable[[Context], tuple[nn.Module, Iterable[Any]]]
 """Returns a module of the architecture, whose weights are overwritten, and batches of the client's
 own data: inputs, or tuples and lists of inputs and labels where a question needs labels."""
@@ -113,10 +116,15 @@ def ask(
 
 
 def reason(error: Exception) -> str:
-    """Return an error's first line."""
+    """Return an error's first line, fit for a log."""
     if isinstance(error, KeyError):
-        return f"{error} is missing"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return printable(f"{error} is missing")
+    return printable(str(error).splitlines()[0] if str(error).strip() else type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """Return the beginning of what a client may have written, without control characters."""
+    return "".join(each if each.isprintable() else "?" for each in text[:MAX_REASON])
 
 
 def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:

@@ -11,6 +11,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -312,16 +313,14 @@ class ReBasinStrategy(WrappedStrategy):
             # Each candidate is aggregated by a strategy of its own, which may have a memory.
             trial = self.strategy if len(candidates) == 1 else self._copied()
             remade, moved = self._remade(clients, order, last=place == len(candidates))
-            arrays, metrics = trial.aggregate_train(server_round, [*inbox.failed, *remade])
+            arrays, metrics = self._aggregated(trial, server_round, [*inbox.failed, *remade])
             del remade
             gc.collect()  # Flower's views of records are cycles, which would keep all the models.
             if arrays is None:
                 continue
-            arrays = like_global(arrays, self._arrays)
-            if not self._is_usable(arrays, server_round):
-                continue
             for variant, made in self._variants(nodes, moved, arrays, counts, own).items():
-                results[name + variant] = made, metrics, trial
+                usable = made if self._is_usable(made, server_round) else arrays
+                results[name + variant] = usable, metrics, trial
         if not results:
             self._adopt(trial)
             return None, metrics
@@ -367,6 +366,25 @@ class ReBasinStrategy(WrappedStrategy):
         )
         self.strategy.aggregate_train(server_round, inbox.failed)
         return None, None
+
+    def _aggregated(
+        self, strategy: Strategy, server_round: int, replies: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let a strategy aggregate; where the result is not finite, it never happened."""
+        assert self._arrays is not None
+        # Flower's strategies bind new values to their attributes and do not write into old ones.
+        before = [dict(vars(each)) for each in levels(strategy)]
+        with np.errstate(over="ignore", invalid="ignore"):  # What overflows is found below.
+            arrays, metrics = strategy.aggregate_train(server_round, replies)
+        if arrays is None:
+            return None, metrics
+        arrays = like_global(arrays, self._arrays)
+        if self._is_usable(arrays, server_round):
+            return arrays, metrics
+        for each, attributes in zip(levels(strategy), before, strict=True):
+            vars(each).clear()
+            vars(each).update(attributes)
+        return None, metrics
 
     def _is_usable(self, arrays: ArrayRecord, server_round: int) -> bool:
         """Whether an aggregated model is finite; say so if not."""
@@ -447,19 +465,17 @@ class ReBasinStrategy(WrappedStrategy):
         )
         nodes = mean.nodes
         reply, metrics = mean.finish(self.strategy)
-        arrays, _ = self.strategy.aggregate_train(server_round, [*inbox.failed, reply])
+        arrays, _ = self._aggregated(self.strategy, server_round, [*inbox.failed, reply])
         if arrays is None:
-            return None, metrics
-        arrays = like_global(arrays, self._arrays)
-        if not self._is_usable(arrays, server_round):
             return None, metrics
         own: Metrics = {
             "rebasin-units-moved": units,
             "rebasin-seconds": seconds,
             "rebasin-dropped": inbox.dropped,
         }
-        arrays = self._recalibrated(nodes, arrays, own)
-        return arrays, MetricRecord({**metrics, **own})
+        made = self._recalibrated(nodes, arrays, own)
+        usable = made if self._is_usable(made, server_round) else arrays
+        return usable, MetricRecord({**metrics, **own})
 
     def _to_global(self, client: ClientModel, gauge: StateDict) -> Permutation:
         """Match a model to the global one."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import cast
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
@@ -13,6 +16,7 @@ from flwr.serverapp.strategy import (
     FedYogi,
     Strategy,
 )
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from fl_rebasin.flower.validation import ClientModel, alike
@@ -24,9 +28,12 @@ MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 def takes_only_the_mean(strategy: Strategy) -> bool:
     """Whether a strategy makes of replies what it makes of their weighted mean.
 
-    A subclass of these may look at each reply.
+    A subclass of these may look at each reply, and so may an aggregation of metrics of its own.
     """
-    return type(strategy) in MEANS
+    return (
+        type(strategy) in MEANS
+        and cast(FedAvg, strategy).train_metrics_aggr_fn is aggregate_metricrecords
+    )
 
 
 class RunningMean:
@@ -59,7 +66,6 @@ class RunningMean:
         self._weight += client.weight
         self.nodes.append(client.node)
         self._replies.append(client.reply)
-        self._last = ClientModel(client.reply, client.record_name, {}, client.weight)
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
         """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
@@ -73,8 +79,9 @@ class RunningMean:
             # Integers stay fractions, as in FedAvg; who takes the result rounds them.
             exact = np.dtype(like.dtype).kind != "f"
             record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
-        content = RecordDict(dict(self._last.reply.content))
-        content[self._last.record_name] = record
-        reply = self._last.reply
-        reply.content = content
+        # Of the client whose message this was nothing else goes in.
+        reply = copy.copy(self._replies[-1])
+        reply.content = RecordDict(
+            {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}
+        )
         return reply, metrics

@@ -16,11 +16,14 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fl_rebasin.flower.payload import read_array, read_head
-from fl_rebasin.flower.queries import reason
+from fl_rebasin.flower.queries import printable, reason
 from fl_rebasin.spec import PermutationSpec, StateDict
 
 MAX_EXAMPLES = 1e15
 """More examples than any client can have: a reply above it is dropped, unless told otherwise."""
+
+MAX_VALUE = 1e60
+"""No parameter is as large; beyond it sums of products overflow even in float64."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def read_reply(
         values = read_array(record[key], head, dtype)
         if not bool(np.isfinite(values).all()):
             raise ValueError(f"{key} holds NaN or infinite values")
+        if dtype.kind == "f" and float(np.abs(values).max(initial=0)) > MAX_VALUE:
+            raise ValueError(f"{key} holds values beyond {MAX_VALUE:g}")
         state_dict[key] = torch.from_numpy(values)
     rest = {key: ArrayRecord() if key == name else each for key, each in reply.content.items()}
     return ClientModel(_with_content(reply, RecordDict(rest)), name, state_dict, weight)
@@ -148,12 +153,14 @@ def _read_weight(reply: Message, key: str, most: float) -> float:
     Raises:
         ValueError: it has none, or one that no number of examples can be.
     """
-    found = [each[key] for each in _metrics(reply) if key in each]
-    if len(found) != 1 or not isinstance(found[0], (int, float)):
-        raise ValueError(f"expected one number {key!r} in its metrics")
-    if not 0 < found[0] <= most:  # Written so that NaN fails.
-        raise ValueError(f"{key} is {str(found[0])[:20]}, it must be positive and at most {most:g}")
-    return float(found[0])
+    found = _metrics(reply)
+    # Flower's strategies take the first record, and end the run if there is another one.
+    weight = found[0].get(key) if len(found) == 1 else None
+    if not isinstance(weight, (int, float)):
+        raise ValueError(f"expected one MetricRecord, with one number {key!r}")
+    if not 0 < weight <= most:  # Written so that NaN fails.
+        raise ValueError(f"{key} is {str(weight)[:20]}, it must be positive and at most {most:g}")
+    return float(weight)
 
 
 def _check_metrics(reply: Message) -> None:
@@ -209,17 +216,21 @@ def alike(replies: Sequence[Message]) -> list[bool]:
     """Return of each reply whether its records are named as in most; Flower needs them so."""
 
     def records(reply: Message) -> str:
-        named = {}
-        for name, record in reply.content.items():
-            named[name] = (
-                [
-                    f"{key}[{len(value)}]" if isinstance(value, list) else key
-                    for key, value in sorted(record.items())
-                ]
-                if isinstance(record, MetricRecord)
-                else [type(record).__name__]
+        return repr(
+            sorted(
+                (
+                    name,
+                    type(record).__name__,
+                    sorted(
+                        (key, len(value) if isinstance(value, list) else -1)
+                        for key, value in record.items()
+                    )
+                    if isinstance(record, MetricRecord)
+                    else [],
+                )
+                for name, record in reply.content.items()
             )
-        return str(named)
+        )
 
     found = [records(reply) for reply in replies]
     usual = Counter(found).most_common(1)[0][0] if found else ""
@@ -228,7 +239,7 @@ def alike(replies: Sequence[Message]) -> list[bool]:
             log(
                 WARNING,
                 "reply of node %s dropped: its records are not named as those of the others: %s",
-                *(reply.metadata.src_node_id, names[:200]),
+                *(reply.metadata.src_node_id, printable(names)),
             )
     return [names == usual for names in found]
 
