@@ -1,5 +1,6 @@
 """What the tests share: the real data where it lies beside the checkout, and one thread each."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,16 @@ PACKED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # Tests run side by side; more threads than cores make all of them slow.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of each later collection: a round ends with one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

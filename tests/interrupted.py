@@ -1,21 +1,21 @@
 """A run that a test breaks off: the same federation each time; as a script it kills its own runs.
 
-`python interrupted.py FOLDER ROUNDS` starts the run again and again and kills it with SIGKILL:
-first at chosen moments of writing, then at random ones. When one run gets through, its result is in
-`FOLDER/result.json`, and what lay in the folder after each death is printed.
+`python interrupted.py FOLDER ROUNDS` starts the run again and again; the run kills itself with
+SIGKILL, at chosen moments of writing and at random ones. When one run gets through, its result is
+in `FOLDER/result.json`, and what lay in the folder after each death is printed.
 """
 
 from __future__ import annotations
 
 import builtins
 import copy
+import gc
 import json
 import math
 import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,9 @@ from torch import nn
 from fl_rebasin.flower import ReBasinStrategy
 
 NODES = range(1, 5)
+RANDOM_DEATHS = 20
+MOST_CALLS = 150_000
+"""Calls of functions and returns from them, in a little more than one round."""
 
 
 def net() -> nn.Sequential:
@@ -178,8 +181,19 @@ def _half_written(calls: int) -> None:
     builtins.open = half_open  # type: ignore[assignment]
 
 
+def _anywhere(calls: int) -> None:
+    """Die at one of the calls to come, of any function: no clock, the same on every machine."""
+    counted = iter(range(calls))
+
+    def each(*event: object) -> None:
+        if next(counted, None) is None:
+            _die()
+
+    sys.setprofile(each)
+
+
 def _faults() -> Iterator[Callable[[], None]]:
-    """What is set up in a run so that it dies while it writes."""
+    """What is set up in a run so that it dies: while it writes, and anywhere."""
 
     def dying(name: str, calls: int, after: bool) -> Callable[[], None]:
         return lambda: setattr(os, name, _deadly(getattr(os, name), calls, after))
@@ -189,6 +203,9 @@ def _faults() -> Iterator[Callable[[], None]]:
         for name in ("fsync", "replace", "unlink"):
             yield dying(name, calls, after=False)
             yield dying(name, calls, after=True)
+    rng = random.Random(1)
+    for _ in range(RANDOM_DEATHS):
+        yield lambda calls=rng.randrange(MOST_CALLS): _anywhere(calls)
 
 
 def _child(folder: Path, rounds: int, fault: Callable[[], None]) -> int:
@@ -207,15 +224,11 @@ def main(folder: Path, rounds: int) -> None:
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     template()
-    rng = random.Random(1)
+    gc.freeze()
     deaths: list[str] = []
     faults = _faults()
     while True:
-        fault = next(faults, None)
-        pid = _child(folder, rounds, fault or (lambda: None))
-        if fault is None:
-            time.sleep(rng.uniform(0.0, 0.4))
-            os.kill(pid, signal.SIGKILL)
+        pid = _child(folder, rounds, next(faults, lambda: None))
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0, "the run failed"

@@ -36,6 +36,7 @@ from flwr.serverapp.strategy import (
 )
 from interrupted import (
     NODES,
+    RANDOM_DEATHS,
     aligned,
     client,
     everything,
@@ -222,7 +223,7 @@ def test_the_same_object_may_go_on(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_ends_as_one_that_never_broke(tmp_path: Path) -> None:
-    rounds = 25
+    rounds = 45
     expected = everything(interrupted(tmp_path / "whole", rounds))
     folder = tmp_path / "killed"
     folder.mkdir()
@@ -236,10 +237,10 @@ def test_a_killed_run_ends_as_one_that_never_broke(tmp_path: Path) -> None:
     )
     assert script.returncode == 0, script.stderr[-3000:]
     deaths = json.loads(script.stdout.splitlines()[-1])
-    assert len(deaths) > 21, "all chosen moments, and some at random"
+    assert len(deaths) == 21 + RANDOM_DEATHS, "all chosen moments, and those at random"
     assert any("unfinished" in death for death in deaths)
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(expected))
-    assert names(folder) == ["result.json", round_name(24), round_name(25)]
+    assert names(folder) == ["result.json", round_name(rounds - 1), round_name(rounds)]
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:

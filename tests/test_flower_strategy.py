@@ -683,7 +683,8 @@ def test_weight_key_of_the_innermost_strategy_is_honoured(
     result, _ = one_round(strategy, ArrayRecord(model), replies)
     merge = merge_many(strategy.spec, [left, right], weights=[2, 6], gauge=model)
     assert_same(tensors(result), merge.state_dict, rtol=1e-4, atol=1e-5)
-    assert f"reply of node {BAD_NODE} dropped: expected one number 'steps'" in caplog.text
+    reason = "expected one MetricRecord, with one number 'steps'"
+    assert f"reply of node {BAD_NODE} dropped: {reason}" in caplog.text
 
 
 def test_strategy_without_a_weight_key_weighs_by_examples() -> None:
