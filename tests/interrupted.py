@@ -17,7 +17,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ def _faults() -> Iterator[Callable[[], None]]:
             yield dying(name, calls, after=True)
     rng = random.Random(1)
     for _ in range(RANDOM_DEATHS):
-        yield lambda calls=rng.randrange(MOST_CALLS): _anywhere(calls)
+        yield partial(_anywhere, rng.randrange(MOST_CALLS))
 
 
 def _child(folder: Path, rounds: int, fault: Callable[[], None]) -> int:
