@@ -14,18 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fl_rebasin.assignment import assign, assign_blocks
-from fl_rebasin.axes import Axis, Fixed, Group, Parted, groups_of
-from fl_rebasin.matching import (
-    MAX_SWEEPS,
-    Match,
-    Matcher,
-    best_match,
-    checked_state,
-    cosine,
-    pieces,
-    weights_of,
-)
+from fl_rebasin.axes import Axis, Fixed, Group, Parted, groups_of, pieces
+from fl_rebasin.descent import MAX_SWEEPS, Matcher
+from fl_rebasin.matching import Match, best_match
 from fl_rebasin.modes import evaluating
+from fl_rebasin.objective import checked_state, cosine, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
 Key = tuple[str, ...]

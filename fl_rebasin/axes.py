@@ -237,3 +237,35 @@ def cut_axis(axis: Axis, start: int, size: int) -> Axis:
                 offset += part.size
             return inside[0] if len(inside) == 1 else Cat(tuple(inside))
     raise ValueError(f"places {start} to {start + size} tear {axis}")
+
+
+def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[Axis, ...]]]:
+    """Yield the parts of a tensor whose axes are plain groups or fixed, with these axes.
+
+    Concatenations are taken apart, products become axes of their own; every part is a view if the
+    tensor is contiguous.
+    """
+    for dim, axis in enumerate(axes):
+        if isinstance(axis, Parted):  # First, as long as the axes have their numbers.
+            offset = 0
+            for size, part in axis.cases:
+                inside = list(axes)
+                inside[axis.across] = cut_axis(axes[axis.across], offset, size)
+                inside[dim] = part
+                yield from pieces(tensor.narrow(axis.across, offset, size), inside)
+                offset += size
+            return
+    for dim, axis in enumerate(axes):
+        match axis:
+            case Cat(parts):
+                offset = 0
+                for part in parts:
+                    piece = tensor.narrow(dim, offset, part.size)
+                    yield from pieces(piece, (*axes[:dim], part, *axes[dim + 1 :]))
+                    offset += part.size
+                return
+            case Prod(factors):
+                unfolded = tensor.unflatten(dim, [part.size for part in factors])
+                yield from pieces(unfolded, (*axes[:dim], *factors, *axes[dim + 1 :]))
+                return
+    yield tensor, tuple(axes)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fl_rebasin.matching import (
-    MAX_SWEEPS,
-    RELATIVE_TOLERANCE,
-    Matcher,
-    best_match,
-    check_finite,
-    cosine,
-    inner,
-    weights_of,
-)
+from fl_rebasin.objective import check_finite, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict, like
+from fl_rebasin.topologies import METHODS, Alignment, Method, Models, align, in_unit_order
 
 
 @dataclass(frozen=True)
@@ -30,6 +23,9 @@ class Merge:
         similarity: weighted mean cosine of the permuted models to the merged one.
         similarity_before: the same for the models as they came and their plain mean.
         sweeps: sweeps over all groups, summed over the models.
+        margins: for each group the factor, or less, by which the models' distances from the gauge
+            (from their mean without one) could grow and still no unit would have to move: from 1
+            on alignment changes nothing. Empty where the method does not ask.
     """
 
     state_dict: dict[str, Tensor]
@@ -37,6 +33,7 @@ class Merge:
     similarity: float
     similarity_before: float
     sweeps: int
+    margins: Mapping[str, float]
 
     @property
     def moved(self) -> int:
@@ -74,87 +71,17 @@ def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -
     shares = normalised(weights, len(state_dicts))
     merged = {}
     for key, first in state_dicts[0].items():
-        total = sum(
-            share * state_dict[key].detach().double()
-            for share, state_dict in zip(shares, state_dicts, strict=True)
-        )
-        assert isinstance(total, Tensor)
-        merged[key] = (total if first.is_floating_point() else total.round()).to(first.dtype)
+        values = (state_dict[key] for state_dict in state_dicts)
+        merged[key] = _weighted(values, shares, first)
     return like(state_dicts[0], merged)
 
 
-def _combine(
-    spec: PermutationSpec,
-    models: Sequence[StateDict],
-    permutations: Sequence[Permutation],
-    shares: Sequence[float],
-) -> dict[str, Tensor]:
-    """Return the weighted sum of permuted models in float64; one at a time is permuted."""
-    total: dict[str, Tensor] = {}
-    for model, permutation, share in zip(models, permutations, shares, strict=True):
-        for key, value in model.items():
-            part = spec.move(key, value, permutation).double()
-            total[key] = total[key].add_(part, alpha=share) if key in total else share * part
-    return total
-
-
-@dataclass
-class _Alignment:
-    """The permutations of N models, and the sweeps it took to find them."""
-
-    permutations: list[Permutation]
-    sweeps: int
-
-
-def _by_weight(shares: Sequence[float]) -> list[int]:
-    """Return the models' places from light to heavy; of equal ones the first counts as heaviest.
-
-    The heaviest model is the last to move, so that its unit order tends to stay.
-    """
-    return sorted(range(len(shares)), key=lambda place: (shares[place], -place))
-
-
-def _match_to_heaviest(
-    models: Sequence[StateDict], spec: PermutationSpec, shares: Sequence[float]
-) -> _Alignment:
-    """Match every model to the heaviest one."""
-    reference = heaviest(shares)
-    result = _Alignment([spec.identity() for _ in models], 0)
-    for place, model in enumerate(models):
-        if place != reference:
-            matcher, used = best_match(spec, models[reference], model)
-            result.permutations[place] = matcher.permutation
-            result.sweeps += used
-    return result
-
-
-def _descend_jointly(
-    models: Sequence[StateDict], start: _Alignment, spec: PermutationSpec, shares: Sequence[float]
-) -> _Alignment:
-    """Align each model to the weighted mean of the others, until nobody moves.
-
-    Of the permuted models only the one that is being aligned exists; their sum is kept.
-    """
-    permutations, sweeps = list(start.permutations), start.sweeps
-    total = _combine(spec, models, permutations, shares)
-    for _ in range(MAX_SWEEPS):
-        moved = False
-        for place in _by_weight(shares):
-            share = shares[place]
-            if share == 1:
-                continue
-            matcher = Matcher(spec, total, models[place], permutations[place])
-            for key, value in matcher.weights.items():
-                total[key].sub_(value.double(), alpha=share)
-            sweeps += matcher.descend()
-            for key, value in matcher.weights.items():
-                total[key].add_(value.double(), alpha=share)
-            if matcher.permutation != permutations[place]:
-                moved = True
-                permutations[place] = matcher.permutation
-        if not moved:
-            break
-    return _Alignment(permutations, sweeps)
+def _weighted(values: Iterable[Tensor], shares: Sequence[float], first: Tensor) -> Tensor:
+    """Return the weighted mean of tensors, taken one by one, in the dtype of the first."""
+    total = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    for share, value in zip(shares, values, strict=True):
+        total.add_(value.detach().double(), alpha=share)
+    return (total if first.is_floating_point() else total.round()).to(first.dtype)
 
 
 def align_many(
@@ -163,51 +90,27 @@ def align_many(
     weights: Sequence[float] | None = None,
     gauge: StateDict | None = None,
     start: Sequence[Permutation] | None = None,
-) -> tuple[tuple[Permutation, ...], int]:
-    """Find permutations that bring N models together; return them and the sweeps needed.
+    method: Method = "joint",
+) -> Alignment:
+    """Find permutations that bring N models together.
 
-    The same as `merge_many` without the average: for callers that average otherwise. With `start`
-    the joint descent runs from there only.
+    The same as `merge_many` without the average, for callers that average otherwise, and without
+    its checks: the models fit the spec, and all their values are finite. With `start`
+    each model in turn is matched to the mean of the others from there, whatever the method.
     """
-    shares, models = _checked(spec, state_dicts, weights)
-    if start is not None:
-        given = [
-            Matcher(spec, model, model, each).permutation
-            for model, each in zip(models, start, strict=True)
-        ]
-        found = _descend_jointly(models, _Alignment(given, 0), spec, shares)
-        return _in_unit_order(spec, models, shares, found, gauge)
-    still = _Alignment([spec.identity() for _ in models], 0)
-    best = _descend_jointly(models, still, spec, shares)
-    # Descent from the models as they came stays stuck when some are aligned among themselves:
-    # once more, with everybody first matched to the heaviest model. A tie changes nothing.
-    matched = _descend_jointly(models, _match_to_heaviest(models, spec, shares), spec, shares)
-    norms = sum(share**2 * inner(model, model) for share, model in zip(shares, models, strict=True))
-    # The squared norm of the merged model is the objective, up to what never changes.
-    reached = []
-    for each in (best, matched):
-        merged = _combine(spec, models, each.permutations, shares)
-        reached.append(inner(merged, merged))
-    if reached[1] > reached[0] + RELATIVE_TOLERANCE * norms:
-        best, matched = matched, best
-    best.sweeps += matched.sweeps
-    return _in_unit_order(spec, models, shares, best, gauge)
-
-
-def align_to_heaviest(
-    spec: PermutationSpec,
-    state_dicts: Sequence[StateDict],
-    weights: Sequence[float] | None = None,
-    gauge: StateDict | None = None,
-) -> tuple[tuple[Permutation, ...], int]:
-    """Match each of N models to the heaviest one; return the permutations and the sweeps."""
-    shares, models = _checked(spec, state_dicts, weights)
-    return _in_unit_order(spec, models, shares, _match_to_heaviest(models, spec, shares), gauge)
-
-
-def heaviest(weights: Sequence[float]) -> int:
-    """Return the place of the heaviest model; of equal ones the first."""
-    return _by_weight(weights)[-1]
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    models = _models(spec, state_dicts, weights)
+    around = None if gauge is None else weights_of(spec, gauge)
+    if start is None:
+        return align(models, method, around)
+    still = spec.identity().indices
+    given = [
+        Permutation({name: each[name].expand_as(still[name]) for name in still}, spec.within)
+        for each in start
+    ]
+    permutations, sweeps = models.descend(given)
+    return in_unit_order(models, Alignment(tuple(permutations), sweeps), around)
 
 
 def into_gauge(
@@ -216,41 +119,34 @@ def into_gauge(
     weights: Sequence[float] | None,
     permutations: Sequence[Permutation],
     gauge: StateDict,
-) -> tuple[Permutation, ...]:
+) -> Alignment:
     """Return the permutations followed by one for all, which brings their mean to a gauge."""
-    shares, models = _checked(spec, state_dicts, weights)
-    found = _Alignment(list(permutations), 0)
-    return _in_unit_order(spec, models, shares, found, gauge)[0]
+    models = _models(spec, state_dicts, weights)
+    return in_unit_order(models, Alignment(tuple(permutations), 0), weights_of(spec, gauge))
 
 
-def _checked(
+def _models(
     spec: PermutationSpec, state_dicts: Sequence[StateDict], weights: Sequence[float] | None
-) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """Return shares that sum to 1 and the learnable tensors of each model."""
-    shares = normalised(weights, len(state_dicts))
-    for place, state_dict in enumerate(state_dicts):
-        check_finite(spec, state_dict, f"model {place}")
-    return shares, [weights_of(spec, state_dict) for state_dict in state_dicts]
+) -> Models:
+    models = [weights_of(spec, state_dict) for state_dict in state_dicts]
+    return Models(spec, models, normalised(weights, len(models)))
 
 
-def _in_unit_order(
+def mean_similarities(
     spec: PermutationSpec,
-    models: Sequence[StateDict],
-    shares: Sequence[float],
-    found: _Alignment,
-    gauge: StateDict | None,
-) -> tuple[tuple[Permutation, ...], int]:
-    """Move all models alike, so that the heaviest stays or their mean lies closest to the gauge."""
-    home = found.permutations[heaviest(shares)].invert()
-    permutations = [home.compose(permutation) for permutation in found.permutations]
-    sweeps = found.sweeps
-    if gauge is not None:
-        check_finite(spec, gauge, "gauge")
-        merged = _combine(spec, models, permutations, shares)
-        matcher, used = best_match(spec, weights_of(spec, gauge), merged)
-        permutations = [matcher.permutation.compose(each) for each in permutations]
-        sweeps += used
-    return tuple(permutations), sweeps
+    state_dicts: Sequence[StateDict],
+    permutations: Sequence[Permutation],
+    weights: Sequence[float] | None,
+) -> tuple[float, float]:
+    """Return the weighted mean cosine of models to their mean, as they came and permuted.
+
+    Only parameters that can be learnt count.
+    """
+    federation = _models(spec, state_dicts, weights)
+    before = federation.similarity(federation.still())
+    if all(permutation.is_identity for permutation in permutations):
+        return before, before
+    return before, federation.similarity(permutations)
 
 
 def merge_many(
@@ -258,13 +154,14 @@ def merge_many(
     state_dicts: Sequence[StateDict],
     weights: Sequence[float] | None = None,
     gauge: StateDict | None = None,
+    method: Method = "joint",
 ) -> Merge:
     """Permute N models into one basin and return their weighted mean.
 
     Maximises `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, which is the same as minimising the
-    weighted variance around the merged model, by matching each model in turn to the weighted mean
-    of the others. That descent runs twice, from the models as they came and from the models
-    matched to the heaviest one; the higher objective is kept.
+    weighted variance around the merged model. Models that need no alignment are recognised by a
+    proof that takes no similarity matrix. The result does not depend on the order of the models,
+    but for the unit order.
 
     Args:
         spec: spec of all models.
@@ -272,11 +169,19 @@ def merge_many(
         weights: one weight a model (for example its number of training examples), any scale;
             equal ones by default.
         gauge: a state dict whose unit order the merged model shall take, for example the global
-            model of the last round; by default that of the heaviest model.
+            model of the last round; by default that of the heaviest model, of equal ones the
+            first.
+        method: who is matched to whom.
+            `"joint"`: all to the heaviest, or not at all if that is better, then each in turn to
+            the weighted mean of the others, until nobody moves;
+            `"reference"`: all to the heaviest;
+            `"hierarchical"`: in pairs, which are merged, then these in pairs, and so on;
+            `"textbook"`: each in turn to the weighted mean of the others, from the models as they
+            came, as in the paper.
 
     Raises:
         SpecError: a model does not fit the spec, or holds NaN or infinite weights.
-        ValueError: no models, or bad weights.
+        ValueError: no models, bad weights, or an unknown method.
 
     Source: Git Re-Basin, Algorithm 3 (MergeMany), with weights.
 
@@ -292,34 +197,27 @@ def merge_many(
         >>> bool(torch.allclose(merge.state_dict["0.weight"], copies[2]["0.weight"]))
         True
     """
-    permutations, sweeps = align_many(spec, state_dicts, weights, gauge)
-    aligned = [
-        spec.apply(permutation, state_dict)
-        for permutation, state_dict in zip(permutations, state_dicts, strict=True)
-    ]
-    still = [spec.identity() for _ in permutations]
-    return Merge(
-        state_dict=average(aligned, weights),
-        permutations=permutations,
-        similarity=mean_similarity(spec, state_dicts, permutations, weights),
-        similarity_before=mean_similarity(spec, state_dicts, still, weights),
-        sweeps=sweeps,
-    )
-
-
-def mean_similarity(
-    spec: PermutationSpec,
-    state_dicts: Sequence[StateDict],
-    permutations: Sequence[Permutation],
-    weights: Sequence[float] | None,
-) -> float:
-    """Return the weighted mean cosine of permuted models to their mean, over what can be learnt."""
     shares = normalised(weights, len(state_dicts))
-    models = [weights_of(spec, state_dict) for state_dict in state_dicts]
-    centre = _combine(spec, models, permutations, shares)
-    return sum(
-        share * cosine({key: spec.move(key, model[key], permutation) for key in model}, centre)
-        for share, model, permutation in zip(shares, models, permutations, strict=True)
+    for place, state_dict in enumerate(state_dicts):
+        check_finite(spec, state_dict, f"model {place}")
+    if gauge is not None:
+        check_finite(spec, gauge, "gauge")
+    found = align_many(spec, state_dicts, weights, gauge, method=method)
+    merged = {}
+    for key, first in state_dicts[0].items():
+        values = (
+            spec.move(key, state_dict[key], permutation)
+            for state_dict, permutation in zip(state_dicts, found.permutations, strict=True)
+        )
+        merged[key] = _weighted(values, shares, first)
+    before, after = mean_similarities(spec, state_dicts, found.permutations, weights)
+    return Merge(
+        state_dict=like(state_dicts[0], merged),
+        permutations=found.permutations,
+        similarity=after,
+        similarity_before=before,
+        sweeps=found.sweeps,
+        margins=found.margins,
     )
 
 

@@ -12,7 +12,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fl_rebasin.matching import Match, Matcher, checked_state, cosine, match_weights, weights_of
+from fl_rebasin.descent import Matcher
+from fl_rebasin.matching import Match, match_weights
+from fl_rebasin.objective import checked_state, cosine, precision_of, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
@@ -130,7 +132,8 @@ def match_straight_through(
     for _ in range(epochs):
         for batch in batches:
             target = weights_of(spec, {**fixed, **free})
-            matcher = Matcher(spec, target, weights, permutation)
+            precision, _ = precision_of([target, weights])
+            matcher = Matcher(spec, target, weights, permutation, precision)
             sweeps += matcher.descend()
             permutation = matcher.permutation
             value = step_loss(permutation, free, batch)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
-from fl_rebasin.assignment import assign, assign_blocks
+from fl_rebasin.assignment import assign, assign_again, assign_blocks
 
 
 @settings(deadline=None)
@@ -17,6 +18,61 @@ def test_no_permutation_is_better(n: int, seed: int) -> None:
     found = assign(matrix)
     best = max(sum(matrix[i, p[i]] for i in range(n)) for p in permutations(range(n)))
     torch.testing.assert_close(matrix[torch.arange(n), found].sum(), best)
+
+
+KINDS = {
+    "normal": lambda shape, draw: draw(*shape),
+    "ties": lambda shape, draw: draw(*shape).round(),
+    "of-units": lambda shape, draw: draw(shape[0], 40).relu() @ draw(40, shape[1]),
+    "low-rank": lambda shape, draw: draw(shape[0], 1) @ draw(1, shape[1]),
+    "large": lambda shape, draw: 1e30 * draw(*shape),
+    "small": lambda shape, draw: 1e-30 * draw(*shape),
+    "shifted": lambda shape, draw: 1e3 + draw(*shape),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 30, 100, 257])
+def test_the_sum_is_that_of_another_solver(n: int, kind: str, dtype: torch.dtype) -> None:
+    """From nothing, and again and again with the prices of a problem that was like it."""
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    matrix = KINDS[kind]((n, n), draw)
+    prices = None
+    for change in (0.0, 0.01, 0.1, 1.0):
+        noise = change * draw(n, n) * matrix.std(unbiased=False)
+        matrix = (matrix + noise).to(dtype).double()
+        order, prices = assign_again(matrix.to(dtype), prices)
+        assert order.sort().values.tolist() == list(range(n))
+        rows, columns = linear_sum_assignment(matrix.numpy(), maximize=True)
+        best = float(matrix.numpy()[rows, columns].sum())
+        found = float(matrix[torch.arange(n), order].sum())
+        rounding = 2e-6 if dtype is torch.float32 else 1e-12
+        assert found >= best - rounding * n * float(matrix.abs().max())
+        matrix = matrix[:, order]  # The units go where they were assigned to.
+
+
+def test_prices_leave_less_to_do() -> None:
+    """With the prices of its own solution nearly every unit is cheapest where it is."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(200, 60, generator=generator) @ torch.randn(60, 200, generator=generator)
+    order, prices = assign_again(matrix, None)
+    assert prices is not None
+    moved = matrix[:, order]
+    for _ in range(3):
+        still, prices = assign_again(moved, prices)
+        assert still.tolist() == list(range(200))
+    costs = -moved / moved.abs().max()
+    as_it_is, with_prices = (
+        float((each.diagonal() <= each.amin(1) + 1e-4).double().mean())
+        for each in (costs, costs - torch.from_numpy(prices))
+    )
+    assert as_it_is < 0.7
+    assert with_prices > 0.95
 
 
 def test_equal_units_stay_where_they_are() -> None:

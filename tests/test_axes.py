@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from fl_rebasin import Permutation, PermutationSpec, SpecError
-from fl_rebasin.axes import Axis, Cat, Fixed, Group, Parted, Prod, cut_axis, groups_of, move_tensor
-from fl_rebasin.matching import Matcher, pieces
+from fl_rebasin.axes import (
+    Axis,
+    Cat,
+    Fixed,
+    Group,
+    Parted,
+    Prod,
+    cut_axis,
+    groups_of,
+    move_tensor,
+    pieces,
+)
+from fl_rebasin.descent import Matcher
 
 HEADS = Group("heads", 3)
 UNITS = Group("units", 2, within="heads")

@@ -37,6 +37,7 @@ CLIENTS = 5
 WEIGHTS = dict(enumerate((3, 5, 4, 6, 2), start=1))
 LOSSES = dict(enumerate((0.5, 0.9, 0.2, 0.4, 1.5), start=1))
 OWN_METRICS = {
+    "rebasin-margin",
     "rebasin-similarity-before",
     "rebasin-similarity-after",
     "rebasin-units-moved",

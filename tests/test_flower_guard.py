@@ -43,7 +43,7 @@ from zoo import ZOO
 from fl_rebasin.flower import BatchNormRecalibration, ReBasinStrategy, add_guard_handler
 from fl_rebasin.heads import class_aware_head, without_label_prior
 from fl_rebasin.least_squares import fit_least_squares
-from fl_rebasin.merging import align_to_heaviest, average, merge_many
+from fl_rebasin.merging import align_many, average, merge_many
 
 NET = "mlp"
 WITH_NORM = "conv-batchnorm-flatten"
@@ -72,7 +72,7 @@ def strategy_for(name: str = NET) -> ReBasinStrategy:
 
 @cache
 def strangers(name: str = NET) -> dict[int, State]:
-    return {node_id: random_state(ZOO[name], seed) for seed, node_id in enumerate(WEIGHTS, start=1)}
+    return {node_id: random_state(ZOO[name], seed) for seed, node_id in enumerate(WEIGHTS, start=7)}
 
 
 def held_back(node_id: int, name: str = NET) -> list[Any]:
@@ -138,7 +138,7 @@ def candidates(name: str = NET, gauge: State | None = None) -> dict[str, list[St
     found = {
         "aligned": merge_many(spec, models, weights, gauge).permutations,
         "naive": [spec.identity()] * 3,
-        "reference": align_to_heaviest(spec, models, weights, gauge)[0],
+        "reference": align_many(spec, models, weights, gauge, method="reference").permutations,
     }
     return {
         candidate: [spec.apply(*pair) for pair in zip(orders, models, strict=True)]

@@ -136,9 +136,9 @@ def merged(
     weights, gauge = list(WEIGHTS.values()), random_state(ZOO[name], 0)
     start = [permutations[node_id] for node_id in WEIGHTS]
     if method == "activations-then-weights":
-        found, _ = align_many(spec, models, weights, gauge, start)
+        found = align_many(spec, models, weights, gauge, start).permutations
     else:
-        found = into_gauge(spec, models, weights, start, gauge)
+        found = into_gauge(spec, models, weights, start, gauge).permutations
     aligned = [spec.apply(*pair) for pair in zip(found, models, strict=True)]
     return average(aligned, weights), found
 

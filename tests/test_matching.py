@@ -10,7 +10,9 @@ from zoo import ZOO, Entry
 
 from fl_rebasin import Permutation, PermutationSpec, SpecError, derive_spec, match_weights
 from fl_rebasin.axes import groups_of
-from fl_rebasin.matching import Matcher, best_match, inner, weights_of
+from fl_rebasin.descent import Matcher
+from fl_rebasin.matching import best_match
+from fl_rebasin.objective import inner, weights_of
 
 MODELS = pytest.mark.parametrize("name", ZOO)
 
@@ -93,6 +95,22 @@ def test_the_objective_never_falls(name: str) -> None:
         torch.testing.assert_close(
             spec.move(key, value, matcher.permutation), matcher.weights[key], rtol=0, atol=0
         )
+
+
+@MODELS
+@pytest.mark.parametrize("canonical", [False, True], ids=["as-it-came", "canonical"])
+def test_similarities_that_were_kept_are_those_found_anew(name: str, canonical: bool) -> None:
+    spec = spec_of(ZOO[name])
+    left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
+    matcher = Matcher(spec, left, right)
+    if canonical:
+        matcher.start_canonical()
+    for group in [*spec.groups, *spec.groups]:
+        matcher.step(group)
+        for kept, similar in matcher._similar.items():
+            anew = matcher.similarity(kept, spec.learnable)
+            torch.testing.assert_close(similar, anew, rtol=1e-9, atol=1e-9)
+    assert matcher.objective == pytest.approx(inner(left, matcher.weights))
 
 
 def test_one_group_is_matched_as_well_as_by_brute_force() -> None:

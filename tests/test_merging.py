@@ -11,7 +11,7 @@ from torch import nn
 from zoo import ZOO
 
 from fl_rebasin import PermutationSpec, SpecError, derive_spec, interpolate, merge_many
-from fl_rebasin.matching import inner, weights_of
+from fl_rebasin.objective import inner, weights_of
 
 MODELS = pytest.mark.parametrize("name", ZOO)
 

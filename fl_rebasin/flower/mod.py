@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fl_rebasin.activations import match_activations
 from fl_rebasin.derive import ExampleInputs, derive_spec
 from fl_rebasin.flower.queries import LoadFn, reason
-from fl_rebasin.matching import Match, check_finite, match_weights
+from fl_rebasin.matching import Match, match_weights
+from fl_rebasin.objective import check_finite
 from fl_rebasin.spec import PermutationSpec
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Array
 from numpy.typing import NDArray
+from torch import Tensor
 
 NPY = "numpy.ndarray"
 """Flower's name of its only serialisation of arrays: NumPy's file format."""
@@ -48,21 +52,11 @@ def read_head(array: Array) -> Head:
     if array.stype != NPY:
         raise ValueError(f"unknown serialization type {str(array.stype)[:40]!r}")
     data = array.data
-    file = io.BytesIO(data[:MAX_HEADER])
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file, max_header_size=MAX_HEADER)
-    except Exception as error:  # Its parser fails in many ways.
-        raise ValueError("its payload is no array in NumPy's format") from error
-    if dtype.kind not in KINDS or dtype.itemsize > 16:
-        raise ValueError(f"its payload is of dtype {str(dtype)[:40]}, which is no number")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"its payload claims the shape {shape}")
-    head = Head(dtype, shape, bool(fortran), file.tell())
+    # In the first version, which nearly all arrays are of, bytes 8 and 9 tell how long the head is.
+    first = data[:8] == np.lib.format.magic(1, 0)
+    end = 10 + int.from_bytes(data[8:10], "little") if first else MAX_HEADER
+    head = _parsed(bytes(data[: min(end, MAX_HEADER)]))
+    dtype, shape = head.dtype, head.shape
     bytes_claimed = math.prod(shape) * dtype.itemsize
     bytes_there = len(data) - head.offset
     if bytes_claimed != bytes_there:
@@ -82,6 +76,30 @@ def read_head(array: Array) -> Head:
     return head
 
 
+@lru_cache(maxsize=1024)
+def _parsed(head: bytes) -> Head:
+    """Return what the head of a payload says; clients of one architecture all say the same.
+
+    Raises:
+        ValueError: it is none, or not of an array of numbers.
+    """
+    file = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file, max_header_size=MAX_HEADER)
+    except Exception as error:  # Its parser fails in many ways.
+        raise ValueError("its payload is no array in NumPy's format") from error
+    if dtype.kind not in KINDS or dtype.itemsize > 16:
+        raise ValueError(f"its payload is of dtype {str(dtype)[:40]}, which is no number")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its payload claims the shape {shape}")
+    return Head(dtype, shape, bool(fortran), file.tell())
+
+
 def read_array(array: Array, head: Head, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
     """Return the numbers of an array whose head has been read.
 
@@ -94,3 +112,22 @@ def read_array(array: Array, head: Head, dtype: np.dtype[Any] | None = None) -> 
     values = flat.reshape(head.shape, order="F" if head.fortran else "C")
     with np.errstate(over="ignore"):
         return values.astype(head.dtype if dtype is None else dtype, order="C")
+
+
+def read_tensor(array: Array, head: Head, dtype: np.dtype[Any] | None = None) -> Tensor:
+    """Return the numbers of an array whose head has been read; no copy where none is needed.
+
+    The tensor is not to be written to: its memory may be that of the array's bytes.
+
+    Args:
+        array: what came.
+        head: its head.
+        dtype: what to turn them into; what it cannot hold becomes infinite.
+    """
+    wanted = head.dtype if dtype is None else dtype
+    flat = np.frombuffer(array.data, head.dtype, offset=head.offset)
+    if head.fortran or head.dtype != wanted or not flat.flags.aligned or not flat.size:
+        return torch.from_numpy(read_array(array, head, wanted))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(flat.reshape(head.shape))

@@ -20,11 +20,11 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.derive import ExampleInputs, derive_spec
+from fl_rebasin.flower.alignment import Aligner, AlignTo, Matching, Metrics, all_still
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
 from fl_rebasin.flower.checkpointed import Checkpointed, EvaluateFn, check_options
 from fl_rebasin.flower.guard import choose_on_clients
 from fl_rebasin.flower.least_squares import fit_on_clients
-from fl_rebasin.flower.matching import match_on_clients
 from fl_rebasin.flower.one_by_one import OneByOne
 from fl_rebasin.flower.queries import reason
 from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
@@ -34,31 +34,20 @@ from fl_rebasin.flower.validation import (
     Inbox,
     alike,
     all_finite,
-    check_evaluation,
+    as_it_came,
+    good_evaluations,
     like_global,
     read_label_counts,
+    tell_dropped,
     with_model,
 )
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.heads import check_counts, class_aware_head, last_layer, without_label_prior
 from fl_rebasin.least_squares import MAX_FEATURES, plan
-from fl_rebasin.matching import check_finite, match_weights
-from fl_rebasin.merging import (
-    align_many,
-    align_to_heaviest,
-    heaviest,
-    into_gauge,
-    mean_similarity,
-)
+from fl_rebasin.objective import check_finite
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
-Matching: TypeAlias = Literal[
-    "none", "weights", "activations", "activations-then-weights", "straight-through"
-]
-AlignTo: TypeAlias = Literal["joint", "global"]
 LeastSquares: TypeAlias = Literal["none", "layerwise", "one-pass", "rescaling"]
-
-Metrics: TypeAlias = dict[str, float | int]
 
 
 class ReBasinStrategy(WrappedStrategy):
@@ -123,9 +112,12 @@ class ReBasinStrategy(WrappedStrategy):
         SpecError: no spec can be derived from model and inputs.
         ValueError: an unknown option, or options that exclude each other.
 
-    Aggregated training metrics gain `rebasin-similarity-before`, `rebasin-similarity-after`
-    (weighted mean cosine of the clients' models to their mean), `rebasin-units-moved`,
-    `rebasin-sweeps`, `rebasin-seconds`, `rebasin-dropped` (replies that were no good); and for what
+    Aggregated training metrics gain `rebasin-margin`: the factor, or less, by which the clients'
+    distances from the global model could grow and still no unit would have to move, smallest over
+    all groups (of 1 or more it proves that alignment changes nothing, and none is computed);
+    `rebasin-similarity-before`, `rebasin-similarity-after` (weighted mean cosine of the clients'
+    models to their mean, where the margin is below 1), `rebasin-units-moved`, `rebasin-sweeps`,
+    `rebasin-seconds`, `rebasin-dropped` (replies that were no good); and for what
     the clients are asked, `X-clients`, `X-seconds` and `X-bytes`, X being `matching`,
     `least-squares`, `batchnorm` or `guard`; `guard-loss-NAME` is the held-back loss of each
     candidate.
@@ -140,7 +132,7 @@ class ReBasinStrategy(WrappedStrategy):
         {'0': 8}
     """
 
-    of_one_round = frozenset({"_arrays", "_grid"})
+    of_one_round = frozenset({"_aligner", "_arrays", "_grid"})
 
     def __init__(
         self,
@@ -207,6 +199,7 @@ class ReBasinStrategy(WrappedStrategy):
                 ) from error
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
+        self._aligner: Aligner | None = None
 
     def start(
         self,
@@ -227,16 +220,13 @@ class ReBasinStrategy(WrappedStrategy):
             OSError: a checkpoint cannot be written.
         """
         grid = OneByOne(grid, lazy=self._streams)
-        if self.checkpoint_dir is None:
-            return super().start(
-                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
-                evaluate_fn,
-            )  # fmt: skip
-        self._writes_checkpoints = True
+        run = super().start
+        if self.checkpoint_dir is not None:
+            folder = Path(self.checkpoint_dir)
+            run = Checkpointed(self, folder, self.keep_checkpoints, resume=self.resume).start
+        self._writes_checkpoints = self.checkpoint_dir is not None
         try:
-            return Checkpointed(
-                self, Path(self.checkpoint_dir), self.keep_checkpoints, resume=self.resume
-            ).start(
+            return run(
                 grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
                 evaluate_fn,
             )  # fmt: skip
@@ -274,9 +264,11 @@ class ReBasinStrategy(WrappedStrategy):
                 "checkpoint_dir needs the rounds to be run by the start() of ReBasinStrategy: make "
                 "it the outermost strategy, or leave checkpoint_dir out"
             )
-        check_finite(self.spec, arrays.to_torch_state_dict(), "global model")
+        gauge = arrays.to_torch_state_dict()
+        check_finite(self.spec, gauge, "global model")
         self._arrays = arrays
         self._grid = grid
+        self._aligner = Aligner(self.spec, gauge, self.matching, self.align_to, grid)
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -286,7 +278,7 @@ class ReBasinStrategy(WrappedStrategy):
 
         Replies that do not fit the global model are dropped, with a line in the log.
         """
-        if self._arrays is None:
+        if self._arrays is None or self._aligner is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         inbox = Inbox(self.spec, self._arrays, self.weighted_by_key, self.max_examples)
         if self._streams:
@@ -296,7 +288,7 @@ class ReBasinStrategy(WrappedStrategy):
         orders: list[Permutation] = []
         own: Metrics = {}
         if len(clients) >= self.min_replies:
-            orders, own = self._align(clients)
+            orders, own = self._aligner.align(clients)
             near = [self._is_near(*pair) for pair in zip(clients, orders, strict=True)]
             orders = [order for order, kept in zip(orders, near, strict=True) if kept]
             clients = inbox.kept(clients, near)
@@ -304,8 +296,8 @@ class ReBasinStrategy(WrappedStrategy):
             return self._nothing(server_round, inbox, len(clients))
         own["rebasin-dropped"] = inbox.dropped
         candidates = {"aligned": orders}
-        if self.guard and not _still(orders):
-            candidates |= self._alternatives(clients, orders)
+        if self.guard and not all_still(orders):
+            candidates |= self._aligner.alternatives(clients, orders)
         counts = {} if self._head is None else self._counts(clients)
         nodes = [client.node for client in clients]
         results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
@@ -315,12 +307,15 @@ class ReBasinStrategy(WrappedStrategy):
             remade, moved = self._remade(clients, order, last=place == len(candidates))
             arrays, metrics = self._aggregated(trial, server_round, [*inbox.failed, *remade])
             del remade
-            gc.collect()  # Flower's views of records are cycles, which would keep all the models.
+            # Flower's views of records are cycles, young ones, which would keep all the models.
+            gc.collect(1)
             if arrays is None:
                 continue
             for variant, made in self._variants(nodes, moved, arrays, counts, own).items():
-                usable = made if self._is_usable(made, server_round) else arrays
-                results[name + variant] = usable, metrics, trial
+                # The aggregate itself has been looked at.
+                usable = made is arrays or self._is_usable(made, server_round)
+                made = made if usable else arrays
+                results[name + variant] = made, metrics, trial
         if not results:
             self._adopt(trial)
             return None, metrics
@@ -337,23 +332,10 @@ class ReBasinStrategy(WrappedStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """As the wrapped strategy, without the replies that are no good."""
-        good: list[Message] = []
-        failed: list[Message] = []
         key = getattr(levels(self.strategy)[-1], "weighted_by_key", None)
-        for reply in replies:
-            try:
-                if reply.has_error():
-                    failed.append(reply)
-                    continue
-                check_evaluation(reply, key, self.max_examples)
-                good.append(reply)
-            except Exception as error:  # A client may send anything; none of it may end the run.
-                log(
-                    WARNING,
-                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
-                )
-        good = [reply for reply, usual in zip(good, alike(good), strict=True) if usual]
-        return super().aggregate_evaluate(server_round, [*failed, *good])
+        return super().aggregate_evaluate(
+            server_round, good_evaluations(replies, key, self.max_examples)
+        )
 
     def _nothing(
         self, server_round: int, inbox: Inbox, count: int
@@ -401,21 +383,17 @@ class ReBasinStrategy(WrappedStrategy):
         """Whether a model is within `max_update_norm` of the global one; say so if not."""
         if self.max_update_norm is None:
             return True
-        assert self._arrays is not None
+        assert self._aligner is not None
         squares = 0.0
-        for key, array in self._arrays.items():
+        for key, home in self._aligner.gauge.items():
             value = client.state_dict[key]
             if value.is_floating_point():
                 moved = self.spec.move(key, value, permutation)
-                change = moved.double() - torch.from_numpy(array.numpy())
-                squares += float(change.square().sum())
+                squares += float((moved.double() - home).square().sum())
         if squares**0.5 <= self.max_update_norm:
             return True
-        log(
-            WARNING,
-            "reply of node %s dropped: its update has norm %.4g, at most %.4g is allowed",
-            *(client.node, squares**0.5, self.max_update_norm),
-        )
+        most = f"at most {self.max_update_norm:.4g} is allowed"
+        tell_dropped(client.reply, f"its update has norm {squares**0.5:.4g}, {most}")
         return False
 
     def _remade(
@@ -431,13 +409,15 @@ class ReBasinStrategy(WrappedStrategy):
         models: list[StateDict] = []
         for place, (client, permutation) in enumerate(zip(clients, orders, strict=True)):
             model: StateDict = client.state_dict
-            if not permutation.is_identity:
+            if permutation.is_identity:
+                remade.append(as_it_came(client, self._arrays))
+            else:
                 model = self.spec.apply(permutation, model)
-            remade.append(with_model(client, model, self._arrays))
+                remade.append(with_model(client, model, self._arrays))
             if again:
                 models.append(model)
             elif last:
-                clients[place] = replace(client, state_dict={})
+                clients[place] = replace(client, state_dict={}, record=None)
         return remade, models
 
     def _stream(
@@ -445,12 +425,12 @@ class ReBasinStrategy(WrappedStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Align one reply after the other to the global model, and keep only their sum."""
         assert self._arrays is not None
+        assert self._aligner is not None
         started = time.perf_counter()
-        gauge = self._arrays.to_torch_state_dict()
         mean = RunningMean(self._arrays)
         units = 0
         for client in inbox.read(replies):
-            permutation = self._to_global(client, gauge)
+            permutation = self._aligner.to_global(client)
             if inbox.kept([client], [self._is_near(client, permutation)]):
                 mean.add(client, self.spec.apply(permutation, client.state_dict))
                 units += permutation.moved
@@ -474,14 +454,9 @@ class ReBasinStrategy(WrappedStrategy):
             "rebasin-dropped": inbox.dropped,
         }
         made = self._recalibrated(nodes, arrays, own)
-        usable = made if self._is_usable(made, server_round) else arrays
-        return usable, MetricRecord({**metrics, **own})
-
-    def _to_global(self, client: ClientModel, gauge: StateDict) -> Permutation:
-        """Match a model to the global one."""
-        if self.matching == "none":
-            return self.spec.identity()
-        return match_weights(self.spec, gauge, client.state_dict).permutation
+        if made is not arrays and not self._is_usable(made, server_round):
+            made = arrays
+        return made, MetricRecord({**metrics, **own})
 
     def _copied(self) -> Strategy:
         """Return a copy of the wrapped strategy and its memory; a grid that it keeps is shared."""
@@ -495,86 +470,6 @@ class ReBasinStrategy(WrappedStrategy):
         memo = {id(self._grid): self._grid, **{id(copied): old for old, copied in pairs}}
         for old, copied in pairs:
             vars(old).update(copy.deepcopy(vars(copied), memo))
-
-    def _align(self, clients: Sequence[ClientModel]) -> tuple[list[Permutation], Metrics]:
-        """Return a permutation for each client, and what the alignment did."""
-        assert self._arrays is not None
-        models = [client.state_dict for client in clients]
-        weights = [client.weight for client in clients]
-        still = [self.spec.identity() for _ in clients]
-        if self.matching == "none":
-            return still, {}
-        started = time.perf_counter()
-        gauge = self._arrays.to_torch_state_dict()
-        if self.align_to == "global":
-            orders = [self._to_global(client, gauge) for client in clients]
-            sweeps = 0
-        else:
-            found, sweeps = align_many(self.spec, models, weights, gauge)
-            orders = list(found)
-        own = Metrics()
-        if self.matching != "weights" and not _still(orders) and self._grid is not None:
-            matched, own = self._match_on_clients(clients)
-            if self.matching == "activations-then-weights":
-                found, sweeps = align_many(self.spec, models, weights, gauge, matched)
-            else:
-                found = into_gauge(self.spec, models, weights, matched, gauge)
-            orders = list(found)
-        before, after = (
-            mean_similarity(self.spec, models, each, weights) for each in (still, orders)
-        )
-        units = sum(permutation.moved for permutation in orders)
-        seconds = time.perf_counter() - started
-        log(
-            INFO,
-            "aligned %s models: similarity %.3f -> %.3f, %s units moved, %.2f s",
-            *(len(models), before, after, units, seconds),
-        )
-        return orders, {
-            "rebasin-similarity-before": before,
-            "rebasin-similarity-after": after,
-            "rebasin-units-moved": units,
-            "rebasin-sweeps": sweeps,
-            "rebasin-seconds": seconds,
-            **own,
-        }
-
-    def _match_on_clients(
-        self, clients: Sequence[ClientModel]
-    ) -> tuple[list[Permutation], Metrics]:
-        """Let clients match their models to the heaviest; those that fail are matched here."""
-        assert self._grid is not None
-        reference = clients[heaviest([client.weight for client in clients])]
-        method = "straight-through" if self.matching == "straight-through" else "activations"
-        models = {client.node: client.state_dict for client in clients}
-        found, metrics = match_on_clients(
-            self._grid,
-            self.spec,
-            models,
-            reference.node,
-            method,  # type: ignore[arg-type]
-        )
-        return [
-            found[client.node]
-            if client.node in found
-            else match_weights(self.spec, reference.state_dict, client.state_dict).permutation
-            for client in clients
-        ], metrics
-
-    def _alternatives(
-        self, clients: Sequence[ClientModel], orders: Sequence[Permutation]
-    ) -> dict[str, list[Permutation]]:
-        """Return what else could be averaged than the aligned models."""
-        assert self._arrays is not None
-        others = {"naive": [self.spec.identity() for _ in clients]}
-        if len(clients) > 2:
-            models = [client.state_dict for client in clients]
-            weights = [client.weight for client in clients]
-            gauge = self._arrays.to_torch_state_dict()
-            to_heaviest = list(align_to_heaviest(self.spec, models, weights, gauge)[0])
-            if to_heaviest != list(orders) and not _still(to_heaviest):
-                others["reference"] = to_heaviest
-        return others
 
     def _variants(
         self,
@@ -678,10 +573,6 @@ class ReBasinStrategy(WrappedStrategy):
             *(self.matching, self.least_squares, "on" if self.guard else "off"),
         )
         super().summary()
-
-
-def _still(orders: Iterable[Permutation]) -> bool:
-    return all(permutation.is_identity for permutation in orders)
 
 
 def _add(own: Metrics, more: Metrics) -> None:

@@ -15,8 +15,9 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
-from fl_rebasin.flower.payload import read_array, read_head
+from fl_rebasin.flower.payload import read_head, read_tensor
 from fl_rebasin.flower.queries import printable, reason
+from fl_rebasin.objective import is_finite
 from fl_rebasin.spec import PermutationSpec, StateDict
 
 MAX_EXAMPLES = 1e15
@@ -28,12 +29,21 @@ MAX_VALUE = 1e60
 
 @dataclass(frozen=True)
 class ClientModel:
-    """A reply that fits: its message, without the model; the model, and its weight."""
+    """A reply that fits.
+
+    Attributes:
+        reply: its message, without the model.
+        record_name: name of the record that held the model.
+        state_dict: the model.
+        weight: its weight.
+        record: the record itself where it can be handed on as it is; its bytes are the model's.
+    """
 
     reply: Message
     record_name: str
     state_dict: StateDict
     weight: float
+    record: ArrayRecord | None = None
 
     @property
     def node(self) -> int:
@@ -76,10 +86,7 @@ class Inbox:
                     raise ValueError("it has replied before")
             except Exception as error:  # A client may send anything; none of it may end the run.
                 self.dropped += 1
-                log(
-                    WARNING,
-                    *("reply of node %s dropped: %s", reply.metadata.src_node_id, reason(error)),
-                )
+                tell_dropped(reply, reason(error))
                 continue
             nodes.add(client.node)
             del reply  # Its bytes are not needed any more.
@@ -119,6 +126,7 @@ def read_reply(
     _check_metrics(reply)
     spec.check_keys(record)
     state_dict = {}
+    as_wanted = list(record) == list(arrays)
     for key, wanted in arrays.items():
         dtype, shape = np.dtype(wanted.dtype), tuple(wanted.shape)
         try:
@@ -129,14 +137,28 @@ def read_reply(
             raise ValueError(f"{key} has shape {head.shape}, the spec expects {shape}")
         if head.dtype.kind != dtype.kind:
             raise ValueError(f"{key} is of dtype {head.dtype}, the global model's is {dtype}")
-        values = read_array(record[key], head, dtype)
-        if not bool(np.isfinite(values).all()):
-            raise ValueError(f"{key} holds NaN or infinite values")
-        if dtype.kind == "f" and float(np.abs(values).max(initial=0)) > MAX_VALUE:
-            raise ValueError(f"{key} holds values beyond {MAX_VALUE:g}")
-        state_dict[key] = torch.from_numpy(values)
+        as_wanted &= head.dtype == dtype and not head.fortran
+        values = read_tensor(record[key], head, dtype)
+        _check_values(key, values)
+        state_dict[key] = values
     rest = {key: ArrayRecord() if key == name else each for key, each in reply.content.items()}
-    return ClientModel(_with_content(reply, RecordDict(rest)), name, state_dict, weight)
+    message = _with_content(reply, RecordDict(rest))
+    return ClientModel(message, name, state_dict, weight, record if as_wanted else None)
+
+
+def _check_values(key: str, values: Tensor) -> None:
+    """Raise `ValueError` for values that are not finite, or beyond any parameter's size."""
+    if values.dtype in (torch.float32, torch.float64):
+        flat = values.numpy().reshape(-1)
+        # One pass: whatever is wrong shows in the sum of squares; so may what is merely large.
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(np.dot(flat, flat))
+        if square <= MAX_VALUE:
+            return
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{key} holds NaN or infinite values")
+    if values.is_floating_point() and bool((values.abs() > MAX_VALUE).any()):
+        raise ValueError(f"{key} holds values beyond {MAX_VALUE:g}")
 
 
 def _metrics(reply: Message) -> list[MetricRecord]:
@@ -194,6 +216,35 @@ def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: 
                 raise ValueError(f"its metric {key!r} is NaN or infinite")
 
 
+def good_evaluations(
+    replies: Iterable[Message], weighted_by_key: str | None, max_examples: float
+) -> list[Message]:
+    """Return the replies to an evaluation that are good or failed; name the others in the log.
+
+    Args:
+        replies: what came.
+        weighted_by_key: name of the metric that weighs a reply, if the strategy weighs.
+        max_examples: the largest weight.
+    """
+    good: list[Message] = []
+    failed: list[Message] = []
+    for reply in replies:
+        try:
+            if reply.has_error():
+                failed.append(reply)
+                continue
+            check_evaluation(reply, weighted_by_key, max_examples)
+            good.append(reply)
+        except Exception as error:  # A client may send anything; none of it may end the run.
+            tell_dropped(reply, reason(error))
+    return failed + [reply for reply, usual in zip(good, alike(good), strict=True) if usual]
+
+
+def tell_dropped(reply: Message, why: str) -> None:
+    """Name a reply that is dropped, and the reason, in the log."""
+    log(WARNING, "reply of node %s dropped: %s", reply.metadata.src_node_id, why)
+
+
 def read_label_counts(reply: Message, key: str) -> Tensor:
     """Return how many training examples of each class a reply reports, shape `(classes,)`.
 
@@ -236,10 +287,8 @@ def alike(replies: Sequence[Message]) -> list[bool]:
     usual = Counter(found).most_common(1)[0][0] if found else ""
     for reply, names in zip(replies, found, strict=True):
         if names != usual:
-            log(
-                WARNING,
-                "reply of node %s dropped: its records are not named as those of the others: %s",
-                *(reply.metadata.src_node_id, printable(names)),
+            tell_dropped(
+                reply, f"its records are not named as those of the others: {printable(names)}"
             )
     return [names == usual for names in found]
 
@@ -248,6 +297,15 @@ def with_model(client: ClientModel, model: StateDict, arrays: ArrayRecord) -> Me
     """Return a client's reply with a model, in the global model's key order."""
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord({key: Array(model[key].numpy()) for key in arrays})
+    return _with_content(client.reply, content)
+
+
+def as_it_came(client: ClientModel, arrays: ArrayRecord) -> Message:
+    """Return a client's reply with the model that came, in the global model's key order."""
+    if client.record is None:
+        return with_model(client, client.state_dict, arrays)
+    content = RecordDict(dict(client.reply.content))
+    content[client.record_name] = ArrayRecord(dict(client.record))  # Some strategies clear it.
     return _with_content(client.reply, content)
 
 
@@ -279,4 +337,4 @@ def like_global(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
 
 def all_finite(arrays: ArrayRecord) -> bool:
     """Whether no value of a model is NaN or infinite."""
-    return all(bool(np.isfinite(array.numpy()).all()) for array in arrays.values())
+    return all(is_finite(read_tensor(array, read_head(array))) for array in arrays.values())

@@ -1,0 +1,265 @@
+"""Ways to bring N models into one basin: who is matched to whom, and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fl_rebasin.assignment import Prices
+from fl_rebasin.descent import MAX_SWEEPS, Matcher
+from fl_rebasin.matching import best_match
+from fl_rebasin.nearness import margins
+from fl_rebasin.objective import inner, precision_of
+from fl_rebasin.spec import Permutation, PermutationSpec
+
+Method = Literal["joint", "reference", "hierarchical", "textbook"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Permutations that bring N models together.
+
+    Attributes:
+        permutations: one for each model.
+        sweeps: sweeps over all groups that it took to find them, summed over the models.
+        margins: for each group how far the models are from needing any alignment (see
+            `nearness.margins`); empty where nobody asked.
+    """
+
+    permutations: tuple[Permutation, ...]
+    sweeps: int
+    margins: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> int:
+        """Number of units that changed place, summed over the models."""
+        return sum(permutation.moved for permutation in self.permutations)
+
+
+def heaviest(weights: Sequence[float]) -> int:
+    """Return the place of the heaviest model; of equal ones the first."""
+    return max(range(len(weights)), key=lambda place: (weights[place], -place))
+
+
+class Models:
+    """N models on their way into one basin; of the permuted ones only one exists at a time.
+
+    Args:
+        spec: spec of all models.
+        models: their learnable tensors.
+        shares: their weights, which sum to 1.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        models: Sequence[Mapping[str, Tensor]],
+        shares: Sequence[float],
+    ) -> None:
+        self.spec = spec
+        self.models = models
+        self.shares = shares
+
+    @cached_property
+    def _measured(self) -> tuple[torch.dtype, list[float]]:
+        return precision_of(self.models)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Dtype of all products."""
+        return self._measured[0]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The models' places from light to heavy, of equal ones from short to long.
+
+        Whatever order they came in, the result is the same.
+        """
+        _, lengths = self._measured
+        return sorted(
+            range(len(self.models)), key=lambda place: (self.shares[place], lengths[place])
+        )
+
+    def still(self) -> list[Permutation]:
+        """Return permutations that move nothing."""
+        return [self.spec.identity() for _ in self.models]
+
+    def moved(self, key: str, place: int, permutation: Permutation) -> Tensor:
+        """Return one tensor of one model, permuted."""
+        value = self.models[place][key]
+        if not permutation.is_identity:
+            value = self.spec.move(key, value, permutation)
+        return value.to(self.precision)
+
+    def mean(
+        self, permutations: Sequence[Permutation], places: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted sum of permuted models, of all of them or of some."""
+        total: dict[str, Tensor] = {}
+        for place in self.order if places is None else places:
+            share = self.shares[place]
+            for key in self.spec.learnable:
+                part = self.moved(key, place, permutations[place])
+                total[key] = total[key].add_(part, alpha=share) if key in total else share * part
+        return total
+
+    def objective(self, permutations: Sequence[Permutation]) -> float:
+        """Return the squared norm of the mean: what alignment maximises, up to a constant."""
+        mean = self.mean(permutations)
+        return inner(mean, mean, self.precision)
+
+    def similarity(self, permutations: Sequence[Permutation]) -> float:
+        """Return the weighted mean cosine of the permuted models to their mean."""
+        precision, lengths = self._measured
+        centre = self.mean(permutations)
+        norm = inner(centre, centre, precision)
+        total = 0.0
+        for place, permutation in enumerate(permutations):
+            product = sum(
+                inner({key: self.moved(key, place, permutation)}, {key: value}, precision)
+                for key, value in centre.items()
+            )
+            total += self.shares[place] * product / (math.sqrt(norm * lengths[place]) or 1.0)
+        return total
+
+    def match_to_reference(self) -> tuple[list[Permutation], int]:
+        """Match every model to the last one in order."""
+        found, sweeps = self.still(), 0
+        *others, reference = self.order
+        for place in others:
+            matcher, used = best_match(
+                self.spec, self.models[reference], self.models[place], precision=self.precision
+            )
+            found[place] = matcher.permutation
+            sweeps += used
+        return found, sweeps
+
+    def match_in_pairs(self) -> tuple[list[Permutation], int]:
+        """Match and merge models in pairs, then what came of it in pairs, until one is left."""
+        found, sweeps = self.still(), 0
+        clusters = [[place] for place in self.order]
+        while len(clusters) > 1:
+            pairs = [clusters[place : place + 2] for place in range(0, len(clusters), 2)]
+            for light, heavy in (pair for pair in pairs if len(pair) == 2):
+                matcher, used = best_match(
+                    self.spec,
+                    self.mean(found, heavy),
+                    self.mean(found, light),
+                    precision=self.precision,
+                )
+                sweeps += used
+                for place in light:
+                    found[place] = matcher.permutation.compose(found[place])
+            clusters = [list(chain.from_iterable(pair)) for pair in pairs]
+        return found, sweeps
+
+    def descend(
+        self, start: Sequence[Permutation], unsettled: Collection[str] | None = None
+    ) -> tuple[list[Permutation], int]:
+        """Match each model to the weighted mean of the others, until nobody moves.
+
+        Args:
+            start: permutations to begin with.
+            unsettled: groups whose units may not be where they belong; by default all.
+        """
+        permutations, sweeps = list(start), 0
+        total = self.mean(permutations)
+        prices: list[dict[str, Prices | None]] = [{} for _ in self.models]
+        waiting = [set(self.spec.groups if unsettled is None else unsettled) for _ in self.models]
+        for _ in range(MAX_SWEEPS):
+            for place in self.order:
+                share = self.shares[place]
+                if not waiting[place] or share in (0, 1):
+                    continue
+                matcher = Matcher(
+                    *(self.spec, total, self.models[place], permutations[place]),
+                    *(self.precision, prices[place]),
+                )
+                for key, value in matcher.weights.items():
+                    total[key].sub_(value.to(self.precision), alpha=share)
+                sweeps += matcher.descend(unsettled=waiting[place])
+                for key, value in matcher.weights.items():
+                    total[key].add_(value.to(self.precision), alpha=share)
+                changed = [
+                    name
+                    for name, index in matcher.permutation.indices.items()
+                    if not torch.equal(index, permutations[place][name].expand_as(index))
+                ]
+                permutations[place] = matcher.permutation
+                waiting[place] = set()
+                around = set(changed).union(*map(matcher.neighbours, changed))
+                for other, each in enumerate(waiting):
+                    if other != place:
+                        each |= around
+            if not any(each for each, share in zip(waiting, self.shares, strict=True) if share):
+                break
+        return permutations, sweeps
+
+
+def align(models: Models, method: Method, gauge: Mapping[str, Tensor] | None) -> Alignment:
+    """Bring models together.
+
+    Args:
+        models: what came.
+        method: `joint`: nothing, if a proof shows that nothing is to be done; else the better of
+            the models as they came and all matched to the heaviest, then each in turn matched to
+            the mean of the others, until nobody moves. `reference`: all matched to the heaviest.
+            `hierarchical`: matched and merged in pairs. `textbook`: each in turn matched to the
+            mean of the others, from the models as they came (Git Re-Basin, Algorithm 3).
+        gauge: learnable tensors of a model whose unit order the mean takes; None: that of the
+            heaviest model.
+    """
+    came = models.still()
+    if method == "joint":
+        around = models.mean(came) if gauge is None else gauge
+        room = margins(models.spec, around, models.models, models.shares)
+        unsettled = {name for name, margin in room.items() if margin < 1}
+        if not unsettled:
+            return Alignment(tuple(came), 0, room)
+        found, sweeps = _jointly(models, unsettled)
+        return in_unit_order(models, Alignment(tuple(found), sweeps, room), gauge)
+    if method == "reference":
+        found, sweeps = models.match_to_reference()
+    elif method == "hierarchical":
+        found, sweeps = models.match_in_pairs()
+    else:
+        found, sweeps = models.descend(came)
+    return in_unit_order(models, Alignment(tuple(found), sweeps), gauge)
+
+
+def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutation], int]:
+    came = models.still()
+    if len(came) == 1:
+        return came, 0
+    matched, sweeps = models.match_to_reference()
+    if models.objective(matched) <= models.objective(came):
+        found, used = models.descend(came, unsettled)
+        return found, sweeps + used
+    if len(came) == 2:
+        return matched, sweeps  # One is where it belongs, and so is the other.
+    found, used = models.descend(matched)
+    return found, sweeps + used
+
+
+def in_unit_order(
+    models: Models, found: Alignment, gauge: Mapping[str, Tensor] | None
+) -> Alignment:
+    """Move all models alike, so that the heaviest stays or their mean lies closest to a gauge."""
+    home = found.permutations[heaviest(models.shares)].invert()
+    permutations = [home.compose(each) for each in found.permutations]
+    sweeps = found.sweeps
+    if gauge is not None:
+        matcher, used = best_match(
+            models.spec, gauge, models.mean(permutations), precision=models.precision
+        )
+        permutations = [matcher.permutation.compose(each) for each in permutations]
+        sweeps += used
+    return Alignment(tuple(permutations), sweeps, found.margins)
