@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
+from machine import versions
 from torchvision.models import resnet18
 
 from fl_rebasin import ReBasinStrategy
@@ -155,13 +154,8 @@ def main() -> None:
             f"{case:18s} {options.clients} clients: at most {rows[case]['models']:6.1f} models, "
             f"{rows[case]['seconds']:6.1f} s"
         )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    versions = {"python": platform.python_version(), "commit": commit.stdout.strip()}
-    versions |= {name: version(name) for name in ("flwr", "torch")}
     options.out.mkdir(parents=True, exist_ok=True)
-    results = {"clients": options.clients, "rows": rows, "versions": versions}
+    results = {"clients": options.clients, "rows": rows, "versions": versions("flwr", "torch")}
     (options.out / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -16,12 +16,9 @@ import argparse
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -37,6 +34,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+from machine import versions
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -218,16 +216,10 @@ def main() -> int:
     plain = run(options.clients, options.rounds, faults=False)
     faulty = run(options.clients, options.rounds, faults=True)
     wrong = judge(plain, faulty, options.rounds)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
     results = {
         "rounds": options.rounds, "clients": options.clients, "chance": CHANCE,
         "without faults": plain, "with faults": faulty, "wrong": wrong,
-        "versions": {
-            "python": platform.python_version(), "commit": commit.stdout.strip(),
-            **{name: version(name) for name in ("flwr", "torch", "ray")},
-        },
+        "versions": versions("flwr", "torch", "ray"),
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "soak.json").write_text(json.dumps(results, indent=1) + "\n")
