@@ -37,6 +37,7 @@ class Matcher:
     Attributes:
         weights: what the permutation found so far makes of the start.
         permutation: the permutation found so far.
+        unsettled: groups whose units the last descent may not have put where they belong.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Matcher:
                 names.count(name) > 1 for key in self._keys[name] for _, names in self._parts(key)
             )
         }
+        self.unsettled: set[str] = set()
         self._similar: dict[str, Tensor] = {}
         self._prices = {} if prices is None else prices
 
@@ -305,7 +307,10 @@ class Matcher:
                     count(key, *(self._groups[key].keys() - {best}))
 
     def descend(
-        self, groups: Iterable[str] | None = None, unsettled: Iterable[str] | None = None
+        self,
+        groups: Iterable[str] | None = None,
+        unsettled: Iterable[str] | None = None,
+        sweeps: int = MAX_SWEEPS,
     ) -> int:
         """Sweep over the groups (all by default) until none moves; return the sweeps.
 
@@ -313,18 +318,19 @@ class Matcher:
             groups: those that may move.
             unsettled: those that may not be where they belong, all of `groups` by default; the
                 others are looked at only when a neighbour has moved.
+            sweeps: no more than so many; `unsettled` then tells what is left to look at.
         """
         names = list(self.spec.groups if groups is None else groups)
-        waiting = set(names if unsettled is None else unsettled)
-        for sweep in range(1, MAX_SWEEPS + 1):
+        self.unsettled = set(names if unsettled is None else unsettled)
+        for sweep in range(1, sweeps + 1):
             for group in names:
-                if group in waiting:
-                    waiting.remove(group)
+                if group in self.unsettled:
+                    self.unsettled.remove(group)
                     if self.step(group):
-                        waiting |= self.neighbours(group)
-            if not waiting.intersection(names):
+                        self.unsettled |= self.neighbours(group).intersection(names)
+            if not self.unsettled:
                 return sweep
-        return MAX_SWEEPS
+        return sweeps
 
     def neighbours(self, group: str) -> set[str]:
         """Return the groups whose best move depends on where the units of one group are."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_rebasin.descent import Matcher
+from fl_rebasin.descent import MAX_SWEEPS, Matcher
 from fl_rebasin.objective import check_finite, inner, precision_of, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
@@ -41,19 +41,20 @@ def best_match(
     start: Permutation | None = None,
     groups: Sequence[str] | None = None,
     precision: torch.dtype = torch.float64,
+    sweeps: int = MAX_SWEEPS,
 ) -> tuple[Matcher, int]:
     """Match from the better of two starts; return the result with the number of sweeps.
 
     One start is the order that the model came in: right for models that share a history. The
     other is `start_canonical`, right for models that do not. A tie keeps the first. Only `groups`
-    move (all by default); the others are where `start` puts them.
+    move (all by default), in at most `sweeps` sweeps; the others are where `start` puts them.
     """
     came = Matcher(spec, target, weights, start, precision)
     fresh = Matcher(spec, target, weights, start, precision)
     fresh.start_canonical(groups)
     least = came.objective
     better = fresh if fresh.objective > least + TIE * abs(least) else came
-    return better, better.descend(groups)
+    return better, better.descend(groups, sweeps=sweeps)
 
 
 def match_weights(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -21,6 +21,11 @@ from fl_rebasin.spec import Permutation, PermutationSpec
 
 Method = Literal["joint", "reference", "hierarchical", "textbook"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+
+FEW_SWEEPS = 3
+GAIN = 1e-4
+"""A turn over all models that raises the objective by a smaller share is the last."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,13 @@ class Models:
         """Return permutations that move nothing."""
         return [self.spec.identity() for _ in self.models]
 
-    def moved(self, key: str, place: int, permutation: Permutation) -> Tensor:
-        """Return one tensor of one model, permuted."""
-        value = self.models[place][key]
-        if not permutation.is_identity:
-            value = self.spec.move(key, value, permutation)
-        return value.to(self.precision)
+    def moved(self, place: int, permutation: Permutation) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of one model, permuted, one at a time."""
+        still = permutation.is_identity
+        for key in self.spec.learnable:
+            value = self.models[place][key]
+            value = value if still else self.spec.move(key, value, permutation)
+            yield key, value.to(self.precision)
 
     def mean(
         self, permutations: Sequence[Permutation], places: Sequence[int] | None = None
@@ -106,8 +112,7 @@ class Models:
         total: dict[str, Tensor] = {}
         for place in self.order if places is None else places:
             share = self.shares[place]
-            for key in self.spec.learnable:
-                part = self.moved(key, place, permutations[place])
+            for key, part in self.moved(place, permutations[place]):
                 total[key] = total[key].add_(part, alpha=share) if key in total else share * part
         return total
 
@@ -124,19 +129,21 @@ class Models:
         total = 0.0
         for place, permutation in enumerate(permutations):
             product = sum(
-                inner({key: self.moved(key, place, permutation)}, {key: value}, precision)
-                for key, value in centre.items()
+                inner({key: part}, centre, precision)
+                for key, part in self.moved(place, permutation)
             )
             total += self.shares[place] * product / (math.sqrt(norm * lengths[place]) or 1.0)
         return total
 
-    def match_to_reference(self) -> tuple[list[Permutation], int]:
-        """Match every model to the last one in order."""
+    def match_to_reference(self, most: int = MAX_SWEEPS) -> tuple[list[Permutation], int]:
+        """Match every model to the last one in order, in at most so many sweeps each."""
         found, sweeps = self.still(), 0
         *others, reference = self.order
         for place in others:
             matcher, used = best_match(
-                self.spec, self.models[reference], self.models[place], precision=self.precision
+                *(self.spec, self.models[reference], self.models[place]),
+                precision=self.precision,
+                sweeps=most,
             )
             found[place] = matcher.permutation
             sweeps += used
@@ -164,7 +171,9 @@ class Models:
     def descend(
         self, start: Sequence[Permutation], unsettled: Collection[str] | None = None
     ) -> tuple[list[Permutation], int]:
-        """Match each model to the weighted mean of the others, until nobody moves.
+        """Match each model to the weighted mean of the others, until nothing is gained.
+
+        A model stays with a mean for a few sweeps only: the others move in the meantime.
 
         Args:
             start: permutations to begin with.
@@ -173,6 +182,7 @@ class Models:
         permutations, sweeps = list(start), 0
         total = self.mean(permutations)
         prices: list[dict[str, Prices | None]] = [{} for _ in self.models]
+        height = inner(total, total, self.precision)
         waiting = [set(self.spec.groups if unsettled is None else unsettled) for _ in self.models]
         for _ in range(MAX_SWEEPS):
             for place in self.order:
@@ -185,7 +195,7 @@ class Models:
                 )
                 for key, value in matcher.weights.items():
                     total[key].sub_(value.to(self.precision), alpha=share)
-                sweeps += matcher.descend(unsettled=waiting[place])
+                sweeps += matcher.descend(unsettled=waiting[place], sweeps=FEW_SWEEPS)
                 for key, value in matcher.weights.items():
                     total[key].add_(value.to(self.precision), alpha=share)
                 changed = [
@@ -194,12 +204,13 @@ class Models:
                     if not torch.equal(index, permutations[place][name].expand_as(index))
                 ]
                 permutations[place] = matcher.permutation
-                waiting[place] = set()
+                waiting[place] = set(matcher.unsettled)
                 around = set(changed).union(*map(matcher.neighbours, changed))
                 for other, each in enumerate(waiting):
                     if other != place:
                         each |= around
-            if not any(each for each, share in zip(waiting, self.shares, strict=True) if share):
+            before, height = height, inner(total, total, self.precision)
+            if height <= before * (1 + GAIN):
                 break
         return permutations, sweeps
 
@@ -239,12 +250,13 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
     came = models.still()
     if len(came) == 1:
         return came, 0
-    matched, sweeps = models.match_to_reference()
+    # Of two models one is where it belongs, and the match is all there is to do.
+    matched, sweeps = models.match_to_reference(MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS)
     if models.objective(matched) <= models.objective(came):
         found, used = models.descend(came, unsettled)
         return found, sweeps + used
     if len(came) == 2:
-        return matched, sweeps  # One is where it belongs, and so is the other.
+        return matched, sweeps
     found, used = models.descend(matched)
     return found, sweeps + used
 

@@ -89,7 +89,7 @@ class Inbox:
                 tell_dropped(reply, reason(error))
                 continue
             nodes.add(client.node)
-            del reply  # Its bytes are not needed any more.
+            del reply  # What of it is needed is in the client.
             yield client
             del client
 
