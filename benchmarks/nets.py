@@ -82,8 +82,8 @@ class Net:
 
 NETS = {
     "MLP 3x512": Net(mlp, (2, 1, 28, 28), "mnist", 60_000, 5),
-    "ResNet-20 x4": Net(lambda: resnet20(4), (2, 3, 32, 32), "cifar100", 2_000, 2),
-    "ResNet-20 x8": Net(lambda: resnet20(8), (2, 3, 32, 32), "cifar100", 1_000, 1),
+    "ResNet-20 x4": Net(lambda: resnet20(4), (2, 3, 32, 32), "cifar100", 500, 1),
+    "ResNet-20 x8": Net(lambda: resnet20(8), (2, 3, 32, 32), "cifar100", 250, 1),
     "VGG-16-BN": Net(vgg16_bn, (2, 3, 32, 32)),
     "ResNet-50": Net(torchvision.models.resnet50, (2, 3, 64, 64)),
     "ViT-B/16": Net(torchvision.models.vit_b_16, (2, 3, 224, 224)),

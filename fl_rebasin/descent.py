@@ -204,7 +204,30 @@ class Matcher:
         self._take(group, self._moved(group, move), move)
 
     def _moved(self, group: str, move: Permutation) -> dict[str, Tensor]:
-        return {key: self.spec.move(key, self.weights[key], move) for key in self._keys[group]}
+        units = self._few(group, move)
+        return {key: self._moved_tensor(key, group, move, units) for key in self._keys[group]}
+
+    def _moved_tensor(
+        self, key: str, group: str, move: Permutation, units: Tensor | None
+    ) -> Tensor:
+        """Return one tensor with the units of a group moved; of few units, only these."""
+        old, axes = self.weights[key], self.spec.axes[key]
+        places = [place for place, axis in enumerate(axes) if axis == Group(group, axis.size)]
+        if units is None or len(places) != self._groups[key][group]:
+            return self.spec.move(key, old, move)
+        new = old.clone()
+        (place,) = places
+        source = move[group].to(old.device)[units]
+        return new.index_copy_(place, units, old.index_select(place, source))
+
+    def _few(self, group: str, move: Permutation) -> Tensor | None:
+        """Return the units that a move takes elsewhere, if they are few."""
+        if group not in self._linear:
+            return None
+        index = move[group]
+        found = (index != torch.arange(len(index))).nonzero().flatten()
+        device = self.target[self._keys[group][0]].device if self._keys[group] else None
+        return found.to(device) if len(found) <= FEW * len(index) else None
 
     def _take(self, group: str, moved: Mapping[str, Tensor], move: Permutation) -> None:
         """Take a move of one group, and change the similarities of its neighbours by it."""
@@ -222,12 +245,7 @@ class Matcher:
         """Change the similarities of the other groups of a tensor from its old weights to new."""
         if not (self._groups[key].keys() - {group}) & self._similar.keys():
             return
-        units = None
-        if group in self._linear:
-            index = move[group]
-            found = (index != torch.arange(len(index))).nonzero().flatten()
-            if len(found) <= FEW * len(index):
-                units = found.to(new.device)
+        units = self._few(group, move)
         old = self.weights[key]
         both = zip(self._pairs(key, new), pieces(old, self.spec.axes[key]), strict=True)
         for (left, right, names), (before, _) in both:

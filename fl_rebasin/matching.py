@@ -62,6 +62,9 @@ def match_weights(
     reference: StateDict,
     other: StateDict,
     start: Permutation | None = None,
+    *,
+    restarts: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Match:
     """Find the permutation of `other` that brings its weights closest to `reference`.
 
@@ -74,9 +77,13 @@ def match_weights(
         other: state dict to be permuted; neither is changed.
         start: permutation of `other` to descend from, for example what `match_activations`
             found; by default the better of the order that it came in and a fresh one.
+        restarts: so many more descents, from random permutations; the best result is kept. One
+            takes as long as the match itself.
+        generator: what they are drawn with.
 
     Raises:
         SpecError: a state dict or `start` does not fit the spec, or weights are not finite.
+        ValueError: restarts without a generator, or fewer than none.
 
     Source: Git Re-Basin, Algorithm 1.
 
@@ -90,6 +97,10 @@ def match_weights(
         >>> round(match_weights(spec, net.state_dict(), moved).similarity, 3)
         1.0
     """
+    if restarts < 0:
+        raise ValueError(f"restarts must not be negative, got {restarts}")
+    if restarts and generator is None:
+        raise ValueError("restarts need a generator: torch.Generator().manual_seed(0), for example")
     check_finite(spec, reference, "reference")
     check_finite(spec, other, "other")
     target, weights = weights_of(spec, reference), weights_of(spec, other)
@@ -101,6 +112,12 @@ def match_weights(
         spec.check_permutation(start)
         matcher = Matcher(spec, target, weights, start, precision)
         sweeps = matcher.descend()
+    for _ in range(restarts):
+        assert generator is not None
+        other_way = Matcher(spec, target, weights, spec.random(generator), precision)
+        sweeps += other_way.descend()
+        if other_way.objective > matcher.objective + TIE * abs(matcher.objective):
+            matcher = other_way
     return Match(
         permutation=matcher.permutation,
         similarity=matcher.objective / scale,

@@ -115,10 +115,13 @@ def unit_distances(
 ) -> dict[Family, Tensor]:
     """Return the distance of each unit of a model from the reference's own, by the upper end."""
     squares: dict[Family, Tensor] = {}
+    largest = max((tensor.numel() for tensor in reference.values()), default=0)
+    scratch = torch.empty(largest, dtype=precision, device=_device(reference))
     # Squares below the smallest normal number are lost: no more than one of these for each weight.
     lost = torch.finfo(precision).tiny * sum(tensor.numel() for tensor in reference.values())
     for key, tensor in reference.items():
-        change = (model[key].to(precision) - tensor.to(precision)).square_()
+        change = scratch[: tensor.numel()].view(tensor.shape)
+        torch.sub(model[key].to(precision), tensor.to(precision), out=change).square_()
         for part, families in _parts(spec, key, change):
             for family, places in families:
                 sums = _summed(part, places)
@@ -126,12 +129,17 @@ def unit_distances(
     return {family: (each + lost).sqrt() for family, each in squares.items()}
 
 
+def _device(model: Mapping[str, Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in model.values()), None)
+
+
 def _summed(part: Tensor, places: Sequence[int]) -> Tensor:
     """Return the sum of each unit, over contiguous axes where it goes."""
     first, last = min(places), max(places)
     if last - first + 1 == len(places):
-        part = part.flatten(last + 1).sum(-1) if last + 1 < part.ndim else part
+        # Leading axes first: what follows them lies side by side.
         part = part.flatten(0, first - 1).sum(0) if first else part
+        part = part.flatten(len(places)).sum(-1) if part.ndim > len(places) else part
         return (part.T if places[0] > places[-1] else part).reshape(-1)
     rest = [place for place in range(part.ndim) if place not in places]
     return (part.sum(rest).T if places[0] > places[-1] else part.sum(rest)).reshape(-1)

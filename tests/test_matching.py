@@ -265,6 +265,23 @@ def test_only_the_start_is_tried() -> None:
     assert best.similarity > min(end.similarity for end in ends)
 
 
+def test_restarts_keep_the_best() -> None:
+    entry = ZOO["mlp"]
+    spec, left, right = spec_of(entry), random_state(entry, 1), random_state(entry, 2)
+    starts = [match_weights(spec, left, right).similarity]
+    drawn = torch.Generator().manual_seed(3)
+    starts += [match_weights(spec, left, right, spec.random(drawn)).similarity for _ in range(6)]
+    assert max(starts) > starts[0] * 1.001  # Otherwise there is nothing to be gained here.
+    for count in (0, 3, 6):
+        generator = torch.Generator().manual_seed(3)
+        match = match_weights(spec, left, right, restarts=count, generator=generator)
+        assert match.similarity == pytest.approx(max(starts[: count + 1]), rel=1e-6)
+    with pytest.raises(ValueError, match="restarts need a generator"):
+        match_weights(spec, left, right, restarts=1)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        match_weights(spec, left, right, restarts=-1)
+
+
 def test_a_start_may_give_one_order_for_the_units_of_all_blocks() -> None:
     entry = ZOO["attention-separate"]
     spec, state = spec_of(entry), random_state(entry, 1)
