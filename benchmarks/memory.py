@@ -1,6 +1,6 @@
 """How much memory a round takes: replies of ResNet-18, one after the other, in one process.
 
-    python benchmarks/memory.py [--clients N] [--out DIR]
+    python benchmarks/memory.py [--clients N] [--cases CASE ...] [--out DIR]
 
 For each way of aligning, a process of its own aggregates one round of N replies that a grid makes
 when it is asked for them, as a server would receive them. The peak of the resident memory over
@@ -136,6 +136,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100, metavar="N")
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / "results", metavar="DIR")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
+        help=f"some of: {', '.join(CASES)} (default: all); permuted clients take seconds each",
+    )  # fmt: skip
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients < 2:
@@ -144,7 +148,7 @@ def main() -> None:
         print(json.dumps(measure(options.case, options.clients)))
         return
     rows = {}
-    for case in CASES:
+    for case in options.cases:
         command = [sys.executable, __file__, "--case", case, "--clients", str(options.clients)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -156,7 +160,8 @@ def main() -> None:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"clients": options.clients, "rows": rows, "versions": versions("flwr", "torch")}
-    (options.out / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = options.out / f"memory-{options.clients}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
