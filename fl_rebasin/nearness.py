@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -145,18 +146,43 @@ def _summed(part: Tensor, places: Sequence[int]) -> Tensor:
     return (part.sum(rest).T if places[0] > places[-1] else part.sum(rest)).reshape(-1)
 
 
+class Reference:
+    """A model that others lie around; how far its units are apart is found when asked, and once.
+
+    Args:
+        spec: its spec.
+        tensors: its learnable tensors.
+    """
+
+    def __init__(self, spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+        self.tensors = tensors
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """Dtype of all products."""
+        double = any(value.dtype == torch.float64 for value in self.tensors.values())
+        return torch.float64 if double else torch.float32
+
+    @cached_property
+    def gaps_by_few(self) -> dict[Family, Tensor]:
+        """Distances to the next unit, as far as some of the weights tell."""
+        return unit_gaps(self.spec, self.tensors, self.precision, WIDTH)
+
+    @cached_property
+    def gaps(self) -> dict[Family, Tensor]:
+        """Distances to the next unit."""
+        return unit_gaps(self.spec, self.tensors, self.precision)
+
+
 def margins(
-    spec: PermutationSpec,
-    reference: Mapping[str, Tensor],
-    models: Sequence[Mapping[str, Tensor]],
-    shares: Sequence[float],
+    reference: Reference, models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
 ) -> dict[str, float]:
     """Return for each group how far models are from needing any alignment.
 
     Args:
-        spec: spec of all models.
-        reference: learnable tensors of a model that all lie around, such as the global one.
-        models: the models' learnable tensors.
+        reference: a model that they all lie around, such as the global one.
+        models: their learnable tensors.
         shares: their weights, which sum to 1.
 
     Returns:
@@ -166,15 +192,13 @@ def margins(
         that stands on two axes of one tensor. A lower bound: unless more is needed, a part of the
         weights is looked at.
     """
-    double = any(value.dtype == torch.float64 for value in reference.values())
-    precision = torch.float64 if double else torch.float32
-    away = [unit_distances(spec, reference, model, precision) for model in models]
+    spec = reference.spec
+    away = [unit_distances(spec, reference.tensors, model, reference.precision) for model in models]
+    tied = dict.fromkeys(_tied(spec, reference.tensors), 0.0)
+    least = _least(reference.gaps_by_few, away, shares) | tied
+    if min(least.values(), default=1.0) < 1:
+        least = _least(reference.gaps, away, shares) | tied
     found = dict.fromkeys(spec.groups, LARGEST_MARGIN)
-    for width in (WIDTH, None):
-        least = _least(unit_gaps(spec, reference, precision, width), away, shares)
-        least |= dict.fromkeys(_tied(spec, reference), 0.0)
-        if min(least.values(), default=1.0) >= 1:
-            break
     for family, margin in least.items():
         for name in family:
             found[name] = min(found[name], margin)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fl_rebasin.assignment import Prices
 from fl_rebasin.descent import MAX_SWEEPS, Matcher
 from fl_rebasin.matching import best_match
-from fl_rebasin.nearness import margins
+from fl_rebasin.nearness import Reference, margins
 from fl_rebasin.objective import inner, precision_of
 from fl_rebasin.spec import Permutation, PermutationSpec
 
@@ -231,7 +231,7 @@ def align(models: Models, method: Method, gauge: Mapping[str, Tensor] | None) ->
     came = models.still()
     if method == "joint":
         around = models.mean(came) if gauge is None else gauge
-        room = margins(models.spec, around, models.models, models.shares)
+        room = margins(Reference(models.spec, around), models.models, models.shares)
         unsettled = {name for name, margin in room.items() if margin < 1}
         if not unsettled:
             return Alignment(tuple(came), 0, room)

@@ -11,7 +11,8 @@ from zoo import ZOO
 
 from fl_rebasin import PermutationSpec, merge_many
 from fl_rebasin.descent import Matcher
-from fl_rebasin.nearness import LARGEST_MARGIN, margins
+from fl_rebasin.nearness import LARGEST_MARGIN, Reference
+from fl_rebasin.nearness import margins as margins_around
 from fl_rebasin.objective import weights_of
 
 MODELS = pytest.mark.parametrize("name", ZOO)
@@ -25,6 +26,12 @@ def around(state: State, seed: int, scale: float) -> State:
         else value
         for key, value in state.items()
     }
+
+
+def margins(
+    spec: PermutationSpec, reference: State, models: list[State], shares: list[float]
+) -> dict[str, float]:
+    return margins_around(Reference(spec, reference), models, shares)
 
 
 def meets_itself(spec: PermutationSpec) -> set[str]:
@@ -161,6 +168,19 @@ def test_only_groups_that_are_not_proved_are_looked_at(monkeypatch: pytest.Monke
     assert merge.permutations[0] == swap
     assert merge.permutations[1].is_identity
     assert merge.permutations[2].is_identity
+
+
+@MODELS
+def test_one_model_alone_is_compared_with_the_reference(name: str) -> None:
+    spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
+    reference = weights_of(spec, state)
+    for scale in (1e-3, 0.03, 0.1):
+        model = weights_of(spec, around(state, 1, scale))
+        if min(margins(spec, reference, [model], [1.0]).values()) >= 1:
+            assert Matcher(spec, reference, model).descend() == 1
+            matcher = Matcher(spec, reference, model)
+            matcher.descend()
+            assert matcher.permutation.is_identity
 
 
 def test_double_precision_is_compared_in_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from logging import INFO
 from typing import Literal, TypeAlias
 
@@ -15,6 +16,8 @@ from fl_rebasin.flower.matching import match_on_clients
 from fl_rebasin.flower.validation import ClientModel
 from fl_rebasin.matching import match_weights
 from fl_rebasin.merging import align_many, into_gauge, mean_similarities
+from fl_rebasin.nearness import Reference, margins
+from fl_rebasin.objective import weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 from fl_rebasin.topologies import heaviest
 
@@ -43,9 +46,17 @@ class Aligner:
     align_to: AlignTo
     grid: Grid | None
 
+    @cached_property
+    def _around(self) -> Reference:
+        return Reference(self.spec, weights_of(self.spec, self.gauge))
+
     def to_global(self, client: ClientModel) -> Permutation:
         """Match a model to the global one."""
         if self.matching == "none":
+            return self.spec.identity()
+        # Of one model alone the margins are those of a match with the reference.
+        near = margins(self._around, [weights_of(self.spec, client.state_dict)], [1.0])
+        if min(near.values(), default=1.0) >= 1:
             return self.spec.identity()
         return match_weights(self.spec, self.gauge, client.state_dict).permutation
 
