@@ -192,7 +192,7 @@ class Matcher:
                 inner(target, target, self.precision) * inner(before, before, self.precision)
             ) ** 0.5
             gain = inner(target, moved, self.precision) - inner(target, before, self.precision)
-            if gain <= ROUNDING[torch.float64] * scale:
+            if gain <= ROUNDING[self.precision] * scale:
                 return False
         self._take(group, moved, move)
         return True

@@ -251,6 +251,35 @@ def test_records_that_look_alike_do_not_end_a_round(
     assert metrics["list"] == pytest.approx([1.0, 2.0])
 
 
+class TakesOne(FedAvg):
+    """As Krum does: the aggregate is what one client sent."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        (reply,) = replies
+        return reply.content["arrays"], MetricRecord({})
+
+
+@pytest.mark.parametrize("dtype", ["", "float32"])
+@pytest.mark.parametrize("shaped", [False, True])
+def test_what_an_array_does_not_say_of_itself_is_missed_by_nobody(dtype: str, shaped: bool) -> None:
+    """An array may be without dtype and shape; its payload has them."""
+    strategy = ReBasinStrategy(
+        TakesOne(), model=ZOO[NET].build(), example_inputs=ZOO[NET].inputs(),
+        recalibrate_batchnorm=False,
+    )  # fmt: skip
+    reply = replied(1, near(start(), 1), ("metrics", COUNTED))
+    record = reply.content["arrays"]
+    for key, array in list(record.items()):
+        if array.dtype == "float32":
+            shape = tuple(array.shape) if shaped else ()
+            record[key] = Array(dtype=dtype, shape=shape, stype=array.stype, data=array.data)
+    arrays, _ = a_round(strategy, start(), [reply])
+    assert arrays is not None
+    for key, array in ArrayRecord(start()).items():
+        assert (arrays[key].dtype, tuple(arrays[key].shape)) == (array.dtype, tuple(array.shape))
+    torch.testing.assert_close(tensors(arrays), near(start(), 1))
+
+
 @pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
 def test_a_round_that_is_not_taken_leaves_no_trace_in_a_strategy_with_a_memory(
     options: dict[str, Any],

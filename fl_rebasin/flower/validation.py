@@ -137,7 +137,12 @@ def read_reply(
             raise ValueError(f"{key} has shape {head.shape}, the spec expects {shape}")
         if head.dtype.kind != dtype.kind:
             raise ValueError(f"{key} is of dtype {head.dtype}, the global model's is {dtype}")
-        as_wanted &= head.dtype == dtype and not head.fortran
+        said = record[key]
+        as_wanted &= (
+            head.dtype == dtype
+            and not head.fortran
+            and (said.dtype, tuple(said.shape)) == (str(dtype), shape)
+        )
         values = read_tensor(record[key], head, dtype)
         _check_values(key, values)
         state_dict[key] = values
