@@ -27,7 +27,7 @@ def check_finite(spec: PermutationSpec, state_dict: StateDict, name: str) -> Non
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     if not values.is_floating_point():
-        return True
+        return bool(torch.isfinite(values).all())
     # One pass, no copy: NaN and infinity go through; so may what overflows on the way.
     return math.isfinite(_dot(values, values)) or bool(torch.isfinite(values).all())
 

@@ -225,6 +225,15 @@ def test_a_poisoned_buffer_is_named() -> None:
         merge_many(spec, [good, bad], weights=[1, 0])
 
 
+def test_a_poisoned_complex_tensor_is_named() -> None:
+    spec = spec_of(ZOO["mlp"])
+    state = random_state(ZOO["mlp"], seed=1)
+    key = next(iter(state))
+    bad = {**state, key: state[key].to(torch.complex64) * complex("nan")}
+    with pytest.raises(SpecError, match=f"model 0: {key} holds NaN"):
+        merge_many(spec, [bad])
+
+
 def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(ValueError, match=r"differ in the shapes of \['x'\]"):
         interpolate({"x": torch.zeros(3)}, {"x": torch.ones(1)}, 0.5)
