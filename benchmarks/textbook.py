@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fl_rebasin import Permutation, PermutationSpec
-from fl_rebasin.axes import Group, groups_of, pieces
+from fl_rebasin.axes import groups_of, named_pieces, pieces
 
 ROUNDING = 1e-6
 """In float32 a rise of the objective by less than this share is none, or the loop never ends."""
@@ -59,9 +59,10 @@ def _best_move(
     similarity = torch.zeros(count, size, size)
     for key in keys:
         moved = spec.move(key, weights[key], found)
-        both = zip(pieces(target[key], spec.axes[key]), pieces(moved, spec.axes[key]), strict=True)
-        for (left, atoms), (right, _) in both:
-            names = [atom.name if isinstance(atom, Group) else "" for atom in atoms]
+        both = zip(
+            named_pieces(target[key], spec.axes[key]), pieces(moved, spec.axes[key]), strict=True
+        )
+        for (left, names), (right, _) in both:
             for dim, name in enumerate(names):
                 if name == group:
                     first = [dim] if blocks is None else [names.index(blocks), dim]

@@ -239,6 +239,15 @@ def cut_axis(axis: Axis, start: int, size: int) -> Axis:
     raise ValueError(f"places {start} to {start + size} tear {axis}")
 
 
+def named_pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield the parts of a tensor as `pieces` does, with the name of the group on each axis.
+
+    The name of a fixed axis is empty.
+    """
+    for part, atoms in pieces(tensor, axes):
+        yield part, [atom.name if isinstance(atom, Group) else "" for atom in atoms]
+
+
 def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[Axis, ...]]]:
     """Yield the parts of a tensor whose axes are plain groups or fixed, with these axes.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fl_rebasin.assignment import ROUNDING, Prices, assign, assign_again, assign_blocks
-from fl_rebasin.axes import Group, groups_of, pieces
+from fl_rebasin.axes import Group, groups_of, named_pieces, pieces
 from fl_rebasin.objective import inner
 from fl_rebasin.spec import Permutation, PermutationSpec
 
@@ -81,22 +81,22 @@ class Matcher:
             if name not in spec.within
             and not self._inside[name]
             and not any(
-                names.count(name) > 1 for key in self._keys[name] for _, names in self._parts(key)
+                names.count(name) > 1
+                for key in self._keys[name]
+                for _, names in named_pieces(target[key], spec.axes[key])
             )
         }
         self.unsettled: set[str] = set()
         self._similar: dict[str, Tensor] = {}
         self._prices = {} if prices is None else prices
 
-    def _parts(self, key: str) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yield parts of the target's tensor, and the groups on their axes."""
-        for part, atoms in pieces(self.target[key], self.spec.axes[key]):
-            yield part, [atom.name if isinstance(atom, Group) else "" for atom in atoms]
-
     def _pairs(self, key: str, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """Yield parts of one tensor, of target and weights, and the groups on their axes."""
-        own = pieces(weights.to(self.precision), self.spec.axes[key])
-        for (left, names), (right, _) in zip(self._parts(key), own, strict=True):
+        axes = self.spec.axes[key]
+        own = pieces(weights.to(self.precision), axes)
+        for (left, names), (right, _) in zip(
+            named_pieces(self.target[key], axes), own, strict=True
+        ):
             yield left.to(self.precision), right, names
 
     def similarity(self, group: str, keys: Iterable[str]) -> Tensor:
@@ -231,9 +231,14 @@ class Matcher:
 
     def _take(self, group: str, moved: Mapping[str, Tensor], move: Permutation) -> None:
         """Take a move of one group, and change the similarities of its neighbours by it."""
+        units = self._few(group, move)
         for key, new in moved.items():
-            self._spread(key, new, group, move)
-            self.weights[key] = new
+            self._spread(key, new, group, units)
+        self._put(group, moved, move)
+
+    def _put(self, group: str, moved: Mapping[str, Tensor], move: Permutation) -> None:
+        """Take a move of one group, of which its neighbours' similarities know nothing yet."""
+        self.weights |= moved
         if group in self._similar:
             self._similar[group] = self._similar[group].index_select(
                 1, move[group].to(self._similar[group].device)
@@ -241,11 +246,13 @@ class Matcher:
         full = Permutation({**self._still, **move.indices}, self.spec.within)
         self.permutation = full.compose(self.permutation)
 
-    def _spread(self, key: str, new: Tensor, group: str, move: Permutation) -> None:
-        """Change the similarities of the other groups of a tensor from its old weights to new."""
+    def _spread(self, key: str, new: Tensor, group: str, units: Tensor | None) -> None:
+        """Change the similarities of the other groups of a tensor from its old weights to new.
+
+        Of one group only `units` have moved, if they are given.
+        """
         if not (self._groups[key].keys() - {group}) & self._similar.keys():
             return
-        units = self._few(group, move)
         old = self.weights[key]
         both = zip(self._pairs(key, new), pieces(old, self.spec.axes[key]), strict=True)
         for (left, right, names), (before, _) in both:
@@ -312,11 +319,8 @@ class Matcher:
             names.remove(best)
             move = Permutation(self._assigned(best, usable[best]))
             if not move.is_identity:
-                kept, self._similar = self._similar, {}
-                self._take(best, self._moved(best, move), move)
-                self._similar = kept
-                if best in kept:
-                    kept[best] = kept[best].index_select(1, move[best].to(kept[best].device))
+                # No tensor counts for another group yet that this one is on.
+                self._put(best, self._moved(best, move), move)
             for key in self._keys[best]:
                 waiting[key].remove(best)
                 if len(waiting[key]) == 1:

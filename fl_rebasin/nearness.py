@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fl_rebasin.axes import Group, pieces
+from fl_rebasin.axes import named_pieces
 from fl_rebasin.spec import PermutationSpec
 
 LARGEST_MARGIN = 1e3
@@ -56,8 +56,7 @@ def _parts(
     spec: PermutationSpec, key: str, tensor: Tensor
 ) -> Iterator[tuple[Tensor, list[tuple[Family, list[int]]]]]:
     """Yield the parts of a tensor that any units are on, with their families."""
-    for part, atoms in pieces(tensor, spec.axes[key]):
-        names = [atom.name if isinstance(atom, Group) else "" for atom in atoms]
+    for part, names in named_pieces(tensor, spec.axes[key]):
         if any(names):
             yield part, list(_families(spec, names))
 
@@ -165,6 +164,11 @@ class Reference:
         return torch.float64 if double else torch.float32
 
     @cached_property
+    def tied(self) -> set[Family]:
+        """Families of which the proof does not hold."""
+        return _tied(self.spec, self.tensors)
+
+    @cached_property
     def gaps_by_few(self) -> dict[Family, Tensor]:
         """Distances to the next unit, as far as some of the weights tell."""
         return unit_gaps(self.spec, self.tensors, self.precision, WIDTH)
@@ -194,7 +198,7 @@ def margins(
     """
     spec = reference.spec
     away = [unit_distances(spec, reference.tensors, model, reference.precision) for model in models]
-    tied = dict.fromkeys(_tied(spec, reference.tensors), 0.0)
+    tied = dict.fromkeys(reference.tied, 0.0)
     least = _least(reference.gaps_by_few, away, shares) | tied
     if min(least.values(), default=1.0) < 1:
         least = _least(reference.gaps, away, shares) | tied

@@ -43,11 +43,6 @@ class Alignment:
     sweeps: int
     margins: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def moved(self) -> int:
-        """Number of units that changed place, summed over the models."""
-        return sum(permutation.moved for permutation in self.permutations)
-
 
 def heaviest(weights: Sequence[float]) -> int:
     """Return the place of the heaviest model; of equal ones the first."""
