@@ -4,15 +4,20 @@
 
 For each way of aligning, a process of its own aggregates one round of N replies that a grid makes
 when it is asked for them, as a server would receive them. The peak of the resident memory over
-that before the round is given in models (44.7 MiB each). Clients are the global model with a
-little noise; `permuted` ones have all their units shuffled besides.
+that before the round is given in models (44.7 MiB each), twice: with glibc as it is, which keeps
+part of what is freed for later, and with `MALLOC_MMAP_THRESHOLD_=131072`, with which it gives all
+of it back. Clients are the global model with a little noise; `permuted` ones have all their units
+shuffled besides.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -39,6 +44,9 @@ CASES = {
     "global, in place": ("global", False),
     "global, permuted": ("global", True),
 }
+
+
+ALLOCATORS = {"glibc as it is": {}, "all given back": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
 
 
 class Mailbox:
@@ -106,6 +114,9 @@ def measure(case: str, clients: int) -> dict[str, float]:
     strategy._grid = None
     grid.reply(1)
     process, peak, done = psutil.Process(), 0, False
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # What is free already is not counted.
     before = process.memory_info().rss
 
     def watch() -> None:
@@ -147,17 +158,21 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(options.case, options.clients)))
         return
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for case in options.cases:
         command = [sys.executable, __file__, "--case", case, "--clients", str(options.clients)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{case}: {done.stderr.strip().splitlines()[-1]}")
-        rows[case] = json.loads(done.stdout)
-        print(
-            f"{case:18s} {options.clients} clients: at most {rows[case]['models']:6.1f} models, "
-            f"{rows[case]['seconds']:6.1f} s"
-        )
+        rows[case] = {}
+        for name, environment in ALLOCATORS.items():
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={**os.environ, **environment}
+            )
+            if done.returncode:
+                sys.exit(f"{case}: {done.stderr.strip().splitlines()[-1]}")
+            rows[case][name] = json.loads(done.stdout)
+            print(
+                f"{case:18s} {options.clients} clients, {name}: at most "
+                f"{rows[case][name]['models']:6.1f} models, {rows[case][name]['seconds']:6.1f} s"
+            )
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"clients": options.clients, "rows": rows, "versions": versions("flwr", "torch")}
     path = options.out / f"memory-{options.clients}.json"

@@ -182,30 +182,33 @@ class Matcher:
         makes it quadratic, and the linear assignment an approximation.
         """
         move = Permutation(self._assigned(group, None))
-        if move.is_identity:
+        if move.is_identity or (group not in self._linear and not self._gains(group, move)):
             return False
-        moved = self._moved(group, move)
-        if group not in self._linear:
-            target = {key: self.target[key] for key in moved}
-            before = {key: self.weights[key] for key in moved}
-            scale = (
-                inner(target, target, self.precision) * inner(before, before, self.precision)
-            ) ** 0.5
-            gain = inner(target, moved, self.precision) - inner(target, before, self.precision)
-            if gain <= ROUNDING[self.precision] * scale:
-                return False
-        self._take(group, moved, move)
+        self._take(group, move)
         return True
+
+    def _gains(self, group: str, move: Permutation) -> bool:
+        """Whether a move raises the objective by more than rounding."""
+        moved = dict(self._moved(group, move))
+        target = {key: self.target[key] for key in moved}
+        before = {key: self.weights[key] for key in moved}
+        scale = (
+            inner(target, target, self.precision) * inner(before, before, self.precision)
+        ) ** 0.5
+        gain = inner(target, moved, self.precision) - inner(target, before, self.precision)
+        return bool(gain > ROUNDING[self.precision] * scale)
 
     def place(self, group: str, index: Tensor) -> None:
         """Move the units of one group as told, whatever that does to the objective."""
         move = Permutation({group: index})
         self._prices.pop(group, None)
-        self._take(group, self._moved(group, move), move)
+        self._take(group, move)
 
-    def _moved(self, group: str, move: Permutation) -> dict[str, Tensor]:
+    def _moved(self, group: str, move: Permutation) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a group, moved, one at a time."""
         units = self._few(group, move)
-        return {key: self._moved_tensor(key, group, move, units) for key in self._keys[group]}
+        for key in self._keys[group]:
+            yield key, self._moved_tensor(key, group, move, units)
 
     def _moved_tensor(
         self, key: str, group: str, move: Permutation, units: Tensor | None
@@ -229,16 +232,21 @@ class Matcher:
         device = self.target[self._keys[group][0]].device if self._keys[group] else None
         return found.to(device) if len(found) <= FEW * len(index) else None
 
-    def _take(self, group: str, moved: Mapping[str, Tensor], move: Permutation) -> None:
+    def _take(self, group: str, move: Permutation) -> None:
         """Take a move of one group, and change the similarities of its neighbours by it."""
         units = self._few(group, move)
-        for key, new in moved.items():
+        for key, new in self._moved(group, move):
             self._spread(key, new, group, units)
-        self._put(group, moved, move)
+            self.weights[key] = new
+        self._turn(group, move)
 
-    def _put(self, group: str, moved: Mapping[str, Tensor], move: Permutation) -> None:
+    def _put(self, group: str, move: Permutation) -> None:
         """Take a move of one group, of which its neighbours' similarities know nothing yet."""
-        self.weights |= moved
+        self.weights |= self._moved(group, move)
+        self._turn(group, move)
+
+    def _turn(self, group: str, move: Permutation) -> None:
+        """Take a move of one group, whose tensors are moved, into all else that is kept of it."""
         if group in self._similar:
             self._similar[group] = self._similar[group].index_select(
                 1, move[group].to(self._similar[group].device)
@@ -320,7 +328,7 @@ class Matcher:
             move = Permutation(self._assigned(best, usable[best]))
             if not move.is_identity:
                 # No tensor counts for another group yet that this one is on.
-                self._put(best, self._moved(best, move), move)
+                self._put(best, move)
             for key in self._keys[best]:
                 waiting[key].remove(best)
                 if len(waiting[key]) == 1:

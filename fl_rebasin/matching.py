@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def best_match(
     target: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     start: Permutation | None = None,
-    groups: Sequence[str] | None = None,
+    groups: Collection[str] | None = None,
     precision: torch.dtype = torch.float64,
     sweeps: int = MAX_SWEEPS,
 ) -> tuple[Matcher, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fl_rebasin.nearness import Reference
 from fl_rebasin.objective import check_finite, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict, like
 from fl_rebasin.topologies import METHODS, Alignment, Method, Models, align, in_unit_order
@@ -101,7 +102,7 @@ def align_many(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     models = _models(spec, state_dicts, weights)
-    around = None if gauge is None else weights_of(spec, gauge)
+    around = None if gauge is None else Reference(spec, weights_of(spec, gauge))
     if start is None:
         return align(models, method, around)
     still = spec.identity().indices
@@ -122,7 +123,8 @@ def into_gauge(
 ) -> Alignment:
     """Return the permutations followed by one for all, which brings their mean to a gauge."""
     models = _models(spec, state_dicts, weights)
-    return in_unit_order(models, Alignment(tuple(permutations), 0), weights_of(spec, gauge))
+    around = Reference(spec, weights_of(spec, gauge))
+    return in_unit_order(models, Alignment(tuple(permutations), 0), around)
 
 
 def _models(

@@ -10,7 +10,7 @@ apart is found once for all models.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -180,13 +180,13 @@ class Reference:
 
 
 def margins(
-    reference: Reference, models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
+    reference: Reference, models: Iterable[Mapping[str, Tensor]], shares: Sequence[float]
 ) -> dict[str, float]:
     """Return for each group how far models are from needing any alignment.
 
     Args:
         reference: a model that they all lie around, such as the global one.
-        models: their learnable tensors.
+        models: their learnable tensors, looked at one model at a time.
         shares: their weights, which sum to 1.
 
     Returns:

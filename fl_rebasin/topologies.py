@@ -130,18 +130,34 @@ class Models:
             total += self.shares[place] * product / (math.sqrt(norm * lengths[place]) or 1.0)
         return total
 
-    def match_to_reference(self, most: int = MAX_SWEEPS) -> tuple[list[Permutation], int]:
-        """Match every model to the last one in order, in at most so many sweeps each."""
+    def margins(
+        self, reference: Reference, permutations: Sequence[Permutation]
+    ) -> dict[str, float]:
+        """Return for each group how far the permuted models are from needing more."""
+        moved = (dict(self.moved(place, each)) for place, each in enumerate(permutations))
+        return margins(reference, moved, self.shares)
+
+    def match_to_reference(
+        self, groups: Collection[str] | None = None, most: int = MAX_SWEEPS
+    ) -> tuple[list[Permutation], int]:
+        """Match every model to the last one in order.
+
+        Args:
+            groups: those that may move, by default all.
+            most: no more sweeps than so many for each model.
+        """
         found, sweeps = self.still(), 0
         *others, reference = self.order
         for place in others:
             matcher, used = best_match(
                 *(self.spec, self.models[reference], self.models[place]),
+                groups=groups,
                 precision=self.precision,
                 sweeps=most,
             )
             found[place] = matcher.permutation
             sweeps += used
+            del matcher  # And with it its copy of the model, before the next one is made.
         return found, sweeps
 
     def match_in_pairs(self) -> tuple[list[Permutation], int]:
@@ -204,13 +220,14 @@ class Models:
                 for other, each in enumerate(waiting):
                     if other != place:
                         each |= around
+                del matcher  # And with it its copy of the model, before the next one is made.
             before, height = height, inner(total, total, self.precision)
             if height <= before * (1 + GAIN):
                 break
         return permutations, sweeps
 
 
-def align(models: Models, method: Method, gauge: Mapping[str, Tensor] | None) -> Alignment:
+def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
     """Bring models together.
 
     Args:
@@ -225,9 +242,9 @@ def align(models: Models, method: Method, gauge: Mapping[str, Tensor] | None) ->
     """
     came = models.still()
     if method == "joint":
-        around = models.mean(came) if gauge is None else gauge
-        room = margins(Reference(models.spec, around), models.models, models.shares)
-        unsettled = {name for name, margin in room.items() if margin < 1}
+        around = Reference(models.spec, models.mean(came)) if gauge is None else gauge
+        room = models.margins(around, came)
+        unsettled = _unsettled(room)
         if not unsettled:
             return Alignment(tuple(came), 0, room)
         found, sweeps = _jointly(models, unsettled)
@@ -241,32 +258,39 @@ def align(models: Models, method: Method, gauge: Mapping[str, Tensor] | None) ->
     return in_unit_order(models, Alignment(tuple(found), sweeps), gauge)
 
 
+def _unsettled(room: Mapping[str, float]) -> list[str]:
+    """Return the groups of which no proof says that their units are where they belong."""
+    return [name for name, margin in room.items() if margin < 1]
+
+
 def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutation], int]:
     came = models.still()
     if len(came) == 1:
         return came, 0
     # Of two models one is where it belongs, and the match is all there is to do.
-    matched, sweeps = models.match_to_reference(MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS)
-    if models.objective(matched) <= models.objective(came):
-        found, used = models.descend(came, unsettled)
-        return found, sweeps + used
-    if len(came) == 2:
-        return matched, sweeps
-    found, used = models.descend(matched)
+    few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
+    found, sweeps = models.match_to_reference(unsettled, few)
+    if models.objective(found) <= models.objective(came):
+        found = came
+    elif len(came) == 2:
+        return found, sweeps
+    else:
+        unsettled = _unsettled(models.margins(Reference(models.spec, models.mean(found)), found))
+    found, used = models.descend(found, unsettled)
     return found, sweeps + used
 
 
-def in_unit_order(
-    models: Models, found: Alignment, gauge: Mapping[str, Tensor] | None
-) -> Alignment:
+def in_unit_order(models: Models, found: Alignment, gauge: Reference | None) -> Alignment:
     """Move all models alike, so that the heaviest stays or their mean lies closest to a gauge."""
     home = found.permutations[heaviest(models.shares)].invert()
     permutations = [home.compose(each) for each in found.permutations]
     sweeps = found.sweeps
     if gauge is not None:
-        matcher, used = best_match(
-            models.spec, gauge, models.mean(permutations), precision=models.precision
-        )
-        permutations = [matcher.permutation.compose(each) for each in permutations]
-        sweeps += used
+        mean = models.mean(permutations)
+        if unsettled := _unsettled(margins(gauge, [mean], [1.0])):
+            matcher, used = best_match(
+                *(models.spec, gauge.tensors, mean), groups=unsettled, precision=models.precision
+            )
+            permutations = [matcher.permutation.compose(each) for each in permutations]
+            sweeps += used
     return Alignment(tuple(permutations), sweeps, found.margins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -382,10 +383,31 @@ def test_updates_beyond_the_norm_are_dropped_and_permuted_ones_are_not(
     assert metrics["rebasin-dropped"] == 1
     for key, value in tensors(arrays).items():
         torch.testing.assert_close(value, tensors(expected)[key])
-    assert f"reply of node 3 dropped: its update has norm {norm:.4g}, at most 1 is" in caplog.text
+    told = re.search(r"node 3 dropped: its update has norm (at least )?([\d.]+), at", caplog.text)
+    assert told is not None
+    # Joint alignment does not take it in first: lengths alone show that it is far away.
+    assert (told[1] is not None) == ("align_to" not in options)
+    assert 1 < float(told[2]) <= norm if told[1] else told[2] == f"{norm:.4g}"
     kept, _ = a_round(made(max_update_norm=1.01 * norm, **options), model, replies_of(states))
     assert kept is not None
     assert not torch.equal(tensors(kept)["0.weight"], tensors(expected)["0.weight"])
+
+
+def test_a_huge_update_beyond_the_norm_has_no_say_in_how_others_are_aligned() -> None:
+    model, spec = start(), named_spec(NET)
+    shuffle = spec.random(torch.Generator().manual_seed(1))
+    states = {1: near(model, 1), 2: spec.apply(shuffle, near(model, 2))}
+    # All its units are the same: who is matched to it stays as it came.
+    same = {
+        key: torch.full_like(value, 1e6) if value.is_floating_point() else value
+        for key, value in model.items()
+    }
+    strategy = made(max_update_norm=1.0)
+    expected, _ = a_round(strategy, model, replies_of(states))
+    arrays, metrics = a_round(strategy, model, replies_of({**states, 3: same}))
+    assert metrics is not None
+    assert metrics["rebasin-dropped"] == 1
+    assert arrays == expected
 
 
 def test_an_aggregate_that_is_not_finite_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:

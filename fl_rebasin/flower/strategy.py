@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from fl_rebasin.derive import ExampleInputs, derive_spec
 from fl_rebasin.flower.alignment import Aligner, AlignTo, Matching, Metrics, all_still
-from fl_rebasin.flower.batchnorm import recalibrate_on_clients
 from fl_rebasin.flower.checkpointed import Checkpointed, EvaluateFn, check_options
+from fl_rebasin.flower.finishing import Finisher, LeastSquares
 from fl_rebasin.flower.guard import choose_on_clients
-from fl_rebasin.flower.least_squares import fit_on_clients
 from fl_rebasin.flower.one_by_one import OneByOne
-from fl_rebasin.flower.queries import reason
 from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.validation import (
     MAX_EXAMPLES,
@@ -37,17 +35,14 @@ from fl_rebasin.flower.validation import (
     as_it_came,
     good_evaluations,
     like_global,
-    read_label_counts,
     tell_dropped,
     with_model,
 )
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
-from fl_rebasin.heads import check_counts, class_aware_head, last_layer, without_label_prior
+from fl_rebasin.heads import last_layer
 from fl_rebasin.least_squares import MAX_FEATURES, plan
 from fl_rebasin.objective import check_finite
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
-
-LeastSquares: TypeAlias = Literal["none", "layerwise", "one-pass", "rescaling"]
 
 
 class ReBasinStrategy(WrappedStrategy):
@@ -245,6 +240,19 @@ class ReBasinStrategy(WrappedStrategy):
         )
 
     @property
+    def _finisher(self) -> Finisher:
+        return Finisher(
+            model=self.model,
+            grid=self._grid,
+            least_squares=self.least_squares,
+            steps=self._steps,
+            recalibrate_batchnorm=self.recalibrate_batchnorm,
+            label_counts=self.label_counts,
+            head=self._head,
+            every=self.guard,
+        )
+
+    @property
     def weighted_by_key(self) -> str:
         """Name of the metric that weighs a reply: that of the innermost wrapped strategy."""
         return str(getattr(levels(self.strategy)[-1], "weighted_by_key", "num-examples"))
@@ -285,6 +293,8 @@ class ReBasinStrategy(WrappedStrategy):
             return self._stream(server_round, inbox, replies)
         clients = list(inbox.read(replies))
         clients = inbox.kept(clients, alike([client.reply for client in clients]))
+        # What is far away at first sight has no say in how the others are aligned.
+        clients = inbox.kept(clients, [self._is_near(client, None) for client in clients])
         orders: list[Permutation] = []
         own: Metrics = {}
         if len(clients) >= self.min_replies:
@@ -298,7 +308,8 @@ class ReBasinStrategy(WrappedStrategy):
         candidates = {"aligned": orders}
         if self.guard and not all_still(orders):
             candidates |= self._aligner.alternatives(clients, orders)
-        counts = {} if self._head is None else self._counts(clients)
+        finisher = self._finisher
+        counts = finisher.counts(clients)
         nodes = [client.node for client in clients]
         results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
         for place, (name, order) in enumerate(candidates.items(), 1):
@@ -311,7 +322,7 @@ class ReBasinStrategy(WrappedStrategy):
             gc.collect(1)
             if arrays is None:
                 continue
-            for variant, made in self._variants(nodes, moved, arrays, counts, own).items():
+            for variant, made in finisher.variants(nodes, moved, arrays, counts, own).items():
                 # The aggregate itself has been looked at.
                 usable = made is arrays or self._is_usable(made, server_round)
                 made = made if usable else arrays
@@ -379,21 +390,29 @@ class ReBasinStrategy(WrappedStrategy):
             )
         return usable
 
-    def _is_near(self, client: ClientModel, permutation: Permutation) -> bool:
-        """Whether a model is within `max_update_norm` of the global one; say so if not."""
+    def _is_near(self, client: ClientModel, permutation: Permutation | None) -> bool:
+        """Whether a model is within `max_update_norm` of the global one; say so if not.
+
+        As long as no permutation is known, only the lengths of its tensors can tell: no
+        permutation changes them.
+        """
         if self.max_update_norm is None:
             return True
         assert self._aligner is not None
         squares = 0.0
         for key, home in self._aligner.gauge.items():
             value = client.state_dict[key]
-            if value.is_floating_point():
-                moved = self.spec.move(key, value, permutation)
-                squares += float((moved.double() - home).square().sum())
+            if not value.is_floating_point():
+                continue
+            if permutation is None:
+                squares += (_length(value) - _length(home)) ** 2
+            else:
+                squares += _length(self.spec.move(key, value, permutation).double() - home) ** 2
         if squares**0.5 <= self.max_update_norm:
             return True
         most = f"at most {self.max_update_norm:.4g} is allowed"
-        tell_dropped(client.reply, f"its update has norm {squares**0.5:.4g}, {most}")
+        least = "at least " if permutation is None else ""
+        tell_dropped(client.reply, f"its update has norm {least}{squares**0.5:.4g}, {most}")
         return False
 
     def _remade(
@@ -412,8 +431,12 @@ class ReBasinStrategy(WrappedStrategy):
             if permutation.is_identity:
                 remade.append(as_it_came(client, self._arrays))
             else:
-                model = self.spec.apply(permutation, model)
-                remade.append(with_model(client, model, self._arrays))
+                moved = (
+                    (key, self.spec.move(key, client.state_dict[key], permutation))
+                    for key in self._arrays
+                )
+                model = dict(moved) if again else {}
+                remade.append(with_model(client, model.items() if again else moved))
             if again:
                 models.append(model)
             elif last:
@@ -453,7 +476,7 @@ class ReBasinStrategy(WrappedStrategy):
             "rebasin-seconds": seconds,
             "rebasin-dropped": inbox.dropped,
         }
-        made = self._recalibrated(nodes, arrays, own)
+        made = self._finisher.recalibrated(nodes, arrays, own)
         if made is not arrays and not self._is_usable(made, server_round):
             made = arrays
         return made, MetricRecord({**metrics, **own})
@@ -471,95 +494,6 @@ class ReBasinStrategy(WrappedStrategy):
         for old, copied in pairs:
             vars(old).update(copy.deepcopy(vars(copied), memo))
 
-    def _variants(
-        self,
-        nodes: Sequence[int],
-        moved: Sequence[StateDict],
-        arrays: ArrayRecord,
-        counts: Mapping[int, Tensor],
-        own: Metrics,
-    ) -> dict[str, ArrayRecord]:
-        """Return what is made of one aggregated model, by the end of its name."""
-        variants: dict[str, ArrayRecord] = {}
-        fitted = self.least_squares != "none"
-        if self.guard or not fitted:
-            variants[""] = self._recalibrated(nodes, arrays, own)
-        if variants and counts:
-            headed = self._with_head(nodes, moved, variants[""], counts)
-            variants = {**variants, "+heads": headed} if self.guard else {"": headed}
-        if fitted:
-            found = self._fitted(nodes, moved, arrays, counts, own)
-            if found is not None:
-                variants["+lsq" if self.guard else ""] = found
-        # Where nobody answered, the average needs what it gets without least squares.
-        return variants or {"": self._recalibrated(nodes, arrays, own)}
-
-    def _recalibrated(self, nodes: Sequence[int], arrays: ArrayRecord, own: Metrics) -> ArrayRecord:
-        if not self.recalibrate_batchnorm or self._grid is None:
-            return arrays
-        arrays, metrics = recalibrate_on_clients(self._grid, nodes, self.model, arrays)
-        _add(own, metrics)
-        return arrays
-
-    def _fitted(
-        self,
-        nodes: Sequence[int],
-        moved: Sequence[StateDict],
-        arrays: ArrayRecord,
-        counts: Mapping[int, Tensor],
-        own: Metrics,
-    ) -> ArrayRecord | None:
-        """Return the model fitted by least squares, or None if no client answers well."""
-        if self._grid is None:
-            return None
-        bias = None if self._head is None else self._head[1]
-        everybody = torch.stack(list(counts.values())).sum(0) if counts else None
-        models = {}
-        for node, model in zip(nodes, moved, strict=True):
-            if node in counts and everybody is not None and bias is not None:
-                model = without_label_prior(model, counts[node], everybody, bias)
-            models[node] = ArrayRecord(dict(model))
-        found, metrics = fit_on_clients(
-            self._grid, self.model, self._steps, arrays, models,
-            inputs="own" if self.least_squares == "one-pass" else "merged",
-        )  # fmt: skip
-        _add(own, metrics)
-        return None if found is arrays else found
-
-    def _with_head(
-        self,
-        nodes: Sequence[int],
-        moved: Sequence[StateDict],
-        arrays: ArrayRecord,
-        counts: Mapping[int, Tensor],
-    ) -> ArrayRecord:
-        """Return the model with a class-aware head, of those who report label counts."""
-        assert self._head is not None
-        models = [model for node, model in zip(nodes, moved, strict=True) if node in counts]
-        merged = arrays.to_torch_state_dict()
-        return ArrayRecord(class_aware_head(merged, models, list(counts.values()), *self._head))
-
-    def _counts(self, clients: Sequence[ClientModel]) -> dict[int, Tensor]:
-        """Return the label counts of the clients that report good ones, by node."""
-        assert self._head is not None
-        assert self.label_counts is not None
-        classes = len(clients[0].state_dict[self._head[0]])
-        known = {}
-        for client in clients:
-            try:
-                counts = read_label_counts(client.reply, self.label_counts)
-                check_counts(counts, classes)
-                if not bool(counts.any()):
-                    raise ValueError("all label counts are 0")
-            except Exception as error:  # A client may send anything; none of it may end the run.
-                log(
-                    WARNING,
-                    *("label counts of node %s dropped: %s", client.node, reason(error)),
-                )
-            else:
-                known[client.node] = counts
-        return known
-
     def summary(self) -> None:
         """Log what may move, then what the wrapped strategy has to say."""
         log(
@@ -575,12 +509,6 @@ class ReBasinStrategy(WrappedStrategy):
         super().summary()
 
 
-def _add(own: Metrics, more: Metrics) -> None:
-    """Add up seconds, bytes and messages; of clients the fewest that answered."""
-    for name, value in more.items():
-        if name not in own:
-            own[name] = value
-        elif name.endswith("-clients"):
-            own[name] = min(own[name], value)
-        else:
-            own[name] += value
+def _length(values: Tensor) -> float:
+    """Return the Euclidean norm of a tensor, in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))

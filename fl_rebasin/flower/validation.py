@@ -292,17 +292,17 @@ def alike(replies: Sequence[Message]) -> list[bool]:
     return [names == usual for names in found]
 
 
-def with_model(client: ClientModel, model: StateDict, arrays: ArrayRecord) -> Message:
-    """Return a client's reply with a model, in the global model's key order."""
+def with_model(client: ClientModel, tensors: Iterable[tuple[str, Tensor]]) -> Message:
+    """Return a client's reply with a model, whose tensors are taken one at a time."""
     content = RecordDict(dict(client.reply.content))
-    content[client.record_name] = ArrayRecord({key: Array(model[key].numpy()) for key in arrays})
+    content[client.record_name] = ArrayRecord({key: Array(value.numpy()) for key, value in tensors})
     return _with_content(client.reply, content)
 
 
 def as_it_came(client: ClientModel, arrays: ArrayRecord) -> Message:
     """Return a client's reply with the model that came, in the global model's key order."""
     if client.record is None:
-        return with_model(client, client.state_dict, arrays)
+        return with_model(client, ((key, client.state_dict[key]) for key in arrays))
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord(dict(client.record))  # Some strategies clear it.
     return _with_content(client.reply, content)
