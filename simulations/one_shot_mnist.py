@@ -74,7 +74,9 @@ def settings_of(name: str, options: argparse.Namespace) -> Settings:
     )
     if name != MERGE_MANY:
         return small
-    return replace(small, epochs=10, model="mlp", width=512, images=0, recipe=FULL)
+    return replace(
+        small, epochs=30, model="mlp", width=512, images=0, recipe=FULL, statistics_images=20_000
+    )
 
 
 def run(argv: list[str]) -> None:

@@ -20,9 +20,6 @@ from experiment.settings import Settings
 from experiment.training import statistics_batches, train
 from fl_rebasin.flower import add_rebasin_handlers
 
-STATISTICS_IMAGES = 6000
-"""Training images of each client that models are matched, re-estimated and fitted on."""
-
 
 @lru_cache(maxsize=1)
 def _dataset(name: str, data_dir: Path) -> Dataset:
@@ -100,7 +97,7 @@ def make_client_app(settings: Settings, progress: Path, threads: int) -> ClientA
         seed, client = _who(context)
         dataset, images, labels = _local_data(settings, seed, client)
         chosen = derived_seed(seed, "statistics", client)
-        batches = statistics_batches(dataset, images, labels, STATISTICS_IMAGES, chosen)
+        batches = statistics_batches(dataset, images, labels, settings.statistics_images, chosen)
         return shared_model(settings, dataset, seed), batches
 
     def load_held_back(context: Context) -> tuple[nn.Module, Iterable[Any]]:

@@ -33,6 +33,8 @@ class Settings:
         methods: Merging methods to compare, beside naive averaging and `rebasin`.
         recipe: Optimiser and augmentation.
         curve_images: Test images for each point of the interpolation curves; 0 for all.
+        statistics_images: Training images of each client that models are matched, re-estimated and
+            fitted on, at most.
     """
 
     dataset: str
@@ -53,6 +55,7 @@ class Settings:
     methods: tuple[str, ...]
     recipe: Recipe
     curve_images: int
+    statistics_images: int = 6000
 
     def build(self, dataset: Dataset, seed: int) -> nn.Module:
         """Build the architecture for a data set, initialised from a seed."""
