@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import threading
@@ -41,6 +42,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 from fl_rebasin.flower import BatchNormRecalibration, ReBasinStrategy, add_guard_handler
+from fl_rebasin.flower.guard import _mean_loss
 from fl_rebasin.heads import class_aware_head, without_label_prior
 from fl_rebasin.least_squares import fit_least_squares
 from fl_rebasin.merging import align_many, average, merge_many
@@ -316,19 +318,46 @@ def test_losses_are_those_of_the_candidates_on_the_data_held_back(
         {node_id: client(ZOO[name].build, (), held_back(node_id, name)) for node_id in WEIGHTS}
     )
     result, metrics = run_round(strategy_for(name), world, name)
-    pairs = [pair for node_id in WEIGHTS for pair in held_back(node_id, name)]
-    inputs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     losses = {}
     for candidate, state in zip(NAMES, offered(world), strict=True):
         model = ZOO[name].build().eval()
         model.load_state_dict(state)
-        with torch.no_grad():
-            losses[candidate] = float(F.cross_entropy(model(inputs), labels))
+        total = 0.0
+        for node_id in WEIGHTS:
+            inputs, labels = (
+                torch.cat(parts) for parts in zip(*held_back(node_id, name), strict=True)
+            )
+            with torch.no_grad():
+                logits = model(inputs)
+            total += len(labels) * min(
+                float(F.cross_entropy(logits / temperature, labels))
+                for temperature in np.sqrt(2) ** np.arange(-6, 9)
+            )
+        losses[candidate] = total / sum(
+            len(labels) for node_id in WEIGHTS for _, labels in held_back(node_id, name)
+        )
         assert metrics[f"guard-loss-{candidate}"] == pytest.approx(losses[candidate], rel=1e-5)
     best = min(losses, key=losses.__getitem__)
     assert_same(result, offered(world)[NAMES.index(best)], rtol=0, atol=0)
     assert metrics["guard-bytes"] == world.bytes_of("guard")
     assert re.search(rf"held-back loss of the candidates: aligned .*; {best} is taken", caplog.text)
+
+
+def test_a_model_that_is_only_surer_of_itself_is_worth_the_same() -> None:
+    torch.manual_seed(0)
+    net, inputs = ZOO[NET].build(), torch.randn(200, 3, 2, 2)
+    with torch.no_grad():
+        pairs = [(inputs, torch.softmax(4 * net(inputs), 1).multinomial(1).flatten())]
+    surer = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in list(surer.parameters())[-2:]:
+            parameter.mul_(2)
+    assert _mean_loss(net, pairs) == pytest.approx(_mean_loss(surer, pairs))
+    turned = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in list(turned.parameters())[-2:]:
+            parameter.copy_(parameter.roll(1, 0))
+    assert _mean_loss(net, pairs) != pytest.approx(_mean_loss(turned, pairs))
 
 
 def test_judging_leaves_the_clients_model_in_its_modes_and_without_gradients() -> None:

@@ -20,6 +20,8 @@ from fl_rebasin.modes import evaluating
 
 QUESTION = Question("guard", "evaluation of candidates", "add_guard_handler")
 MAX_COUNT = 10**15
+TEMPERATURES = tuple(2 ** (place / 2) for place in range(-6, 9))
+"""What logits are divided by, to see what a model is worth once it is as sure as it should be."""
 MAX_LOSS = 1e6
 """A mean loss above this, or one that is NaN, counts as infinite."""
 
@@ -30,7 +32,8 @@ class Scores:
 
     Attributes:
         count: number of examples.
-        losses: mean cross-entropy of each candidate, in nats; infinite where it is not finite.
+        losses: mean cross-entropy of each candidate, in nats, at the temperature that suits it
+            best; infinite where it is not finite.
     """
 
     count: int
@@ -65,18 +68,29 @@ def add_guard_handler(app: ClientApp, load_held_back: LoadFn) -> None:
 
 
 def _mean_loss(model: nn.Module, pairs: Iterable[Any]) -> tuple[int, float]:
-    """Return the number of examples and their mean cross-entropy."""
-    count, total = 0, 0.0
+    """Return the number of examples and their mean cross-entropy at the best temperature.
+
+    A model that is merged from others is less sure than one that is fitted to them, whichever
+    classes they prefer. How sure it is one number sets right (Guo et al., On Calibration of Modern
+    Neural Networks, ICML 2017), and every further training round does.
+    """
+    count, totals = 0, torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     with evaluating(model), torch.no_grad():
         for pair in pairs:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError("the guard needs batches of inputs and labels")
             inputs, labels = pair
-            total += float(F.cross_entropy(model(inputs).double(), labels, reduction="sum"))
+            logits = model(inputs).double()
+            totals += torch.stack(
+                [
+                    F.cross_entropy(logits / temperature, labels, reduction="sum").cpu()
+                    for temperature in TEMPERATURES
+                ]
+            )
             count += labels.numel()
     if not count:
         raise ValueError("no held-back example to judge models by")
-    return count, total / count
+    return count, float(totals.min()) / count  # NaN goes through.
 
 
 def choose_on_clients(
@@ -86,6 +100,8 @@ def choose_on_clients(
     timeout: float = TIMEOUT,
 ) -> tuple[str, dict[str, float | int]]:
     """Let clients evaluate candidate models; return the best by the example-weighted loss.
+
+    Each client takes the loss of each model at the temperature that suits it best.
 
     Args:
         grid: the ServerApp's grid.

@@ -91,8 +91,8 @@ class ReBasinStrategy(WrappedStrategy):
         guard: form several models (naive; aligned; aligned to the client with the most examples;
             each with least squares and class-aware heads where these are on), let the round's
             clients evaluate them on held-back data, and keep the best by the example-weighted
-            loss. The wrapped strategy aggregates once for each; it keeps the state of the one
-            that is chosen.
+            loss, each at the temperature that suits it. The wrapped strategy aggregates once for
+            each; it keeps the state of the one that is chosen.
         checkpoint_dir: a folder; after each round one file goes there that holds all that the
             server needs to go on: model, state of the wrapped strategies, metrics, random state
             (of `random`, NumPy and PyTorch on the CPU). What clients keep is theirs.
