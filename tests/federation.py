@@ -141,6 +141,16 @@ def failing(message: Message, context: Context) -> Message:
     raise OSError("disk is full\nand more")
 
 
+class Nodes:
+    """A grid for strategies that sample nodes, and ask them nothing."""
+
+    def __init__(self, nodes: Iterable[int]) -> None:
+        self.nodes = list(nodes)
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+
 def replies_of(
     states: Mapping[int, State], weights: Mapping[int, float] | None = None, **metrics: Any
 ) -> list[Message]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import dropped, prepare, replies_of, tensors
+from federation import Nodes, dropped, prepare, replies_of, tensors
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
@@ -43,13 +43,6 @@ def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     prepare(monkeypatch, caplog)
 
 
-class Nodes:
-    """A grid for strategies that sample nodes."""
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, 11))
-
-
 @cache
 def made(**options: Any) -> ReBasinStrategy:
     return ReBasinStrategy(
@@ -61,7 +54,7 @@ def made(**options: Any) -> ReBasinStrategy:
 def a_round(
     strategy: ReBasinStrategy, model: State, replies: list[Message]
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes()))
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(range(1, 11))))
     strategy._grid = None
     return strategy.aggregate_train(1, replies)
 

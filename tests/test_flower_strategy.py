@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from federation import Aggregate, prepare, tensors, vast
+from federation import Aggregate, Nodes, prepare, tensors, vast
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -27,7 +27,6 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
@@ -116,17 +115,11 @@ def rebasin(name: str, inner: Strategy | None = None) -> ReBasinStrategy:
     return strategy
 
 
-def grid_of(count: int) -> Grid:
-    grid = Mock(spec=Grid)
-    grid.get_node_ids.return_value = range(1, count + 1)
-    return grid
-
-
 def one_round(
     strategy: Strategy, model: ArrayRecord, replies: Iterable[Message], server_round: int = 1
 ) -> Aggregate:
     replies = list(replies)
-    grid = grid_of(max(len(replies), 2))
+    grid = Nodes(range(1, max(len(replies), 2) + 1))
     list(strategy.configure_train(server_round, model, ConfigRecord(), grid))
     return strategy.aggregate_train(server_round, replies)
 
@@ -611,7 +604,7 @@ def test_configuration_evaluation_and_summary_are_the_inner_strategys(
 ) -> None:
     inner = Mock(spec=Strategy)
     strategy = rebasin("mlp", inner)
-    model, config, grid = ArrayRecord(start("mlp")), ConfigRecord({"lr": 0.1}), grid_of(2)
+    model, config, grid = ArrayRecord(start("mlp")), ConfigRecord({"lr": 0.1}), Nodes([1, 2])
     message = real_reply(RecordDict({"metrics": MetricRecord({"accuracy": 0.5})}), 2)
 
     inner.configure_train.return_value = iter([message])
@@ -641,9 +634,9 @@ def test_global_model_of_another_architecture_is_refused() -> None:
     strategy = rebasin("mlp", inner)
     other = ArrayRecord({**start("mlp"), "1.weight": torch.zeros(7, 13)})
     with pytest.raises(SpecError, match=r"1\.weight has shape \(7, 13\).*expects \(7, 12\)"):
-        strategy.configure_train(1, other, ConfigRecord(), grid_of(2))
+        strategy.configure_train(1, other, ConfigRecord(), Nodes([1, 2]))
     with pytest.raises(SpecError, match="the state dict lacks 6 keys of the spec"):
-        strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid_of(2))
+        strategy.configure_train(1, ArrayRecord(), ConfigRecord(), Nodes([1, 2]))
     inner.configure_train.assert_not_called()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from federation import prepare, replies_of, tensors
+from federation import Nodes, prepare, replies_of, tensors
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     FedAdagrad,
@@ -82,8 +82,8 @@ def test_each_client_is_matched_to_the_global_model_and_the_rest_is_the_inner_st
             node: spec.apply(match_weights(spec, tensors(model), state).permutation, state)
             for node, state in states.items()
         }
-        list(plain.configure_train(server_round, expected, ConfigRecord(), FourNodes()))
-        list(strategy.configure_train(server_round, model, ConfigRecord(), FourNodes()))
+        list(plain.configure_train(server_round, expected, ConfigRecord(), Nodes(WEIGHTS)))
+        list(strategy.configure_train(server_round, model, ConfigRecord(), Nodes(WEIGHTS)))
         wanted, wanted_metrics = plain.aggregate_train(
             server_round, replies_of(aligned, WEIGHTS, loss=losses)
         )
@@ -106,13 +106,6 @@ def test_each_client_is_matched_to_the_global_model_and_the_rest_is_the_inner_st
         model, expected = found, ArrayRecord(tensors(found))
 
 
-class FourNodes:
-    """A grid for strategies that sample nodes."""
-
-    def get_node_ids(self) -> list[int]:
-        return list(WEIGHTS)
-
-
 def watched(messages: list[Message], alive: list[int]) -> Iterator[Message]:
     """Hand messages out one by one; note how many of those handed out are still held."""
     records: list[weakref.ref[Any]] = []
@@ -129,7 +122,7 @@ def test_replies_are_let_go_as_soon_as_they_are_read(inner: str, most: int) -> N
     name = "mlp"
     model = random_state(ZOO[name], 0)
     strategy = wrapped(name, INNER[inner]())
-    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
     states = {node: near(model, node) for node in range(1, 13)}
     alive: list[int] = []
     replies = watched(replies_of(states), alive)
@@ -145,7 +138,7 @@ def test_what_needs_all_models_gets_them() -> None:
     states = clients(name, model, 1)
     spec = named_spec(name)
     strategy = wrapped(name, FedMedian())
-    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
     arrays, metrics = strategy.aggregate_train(1, replies_of(states, WEIGHTS))
     aligned = [
         spec.apply(match_weights(spec, model, state).permutation, state)
@@ -164,7 +157,7 @@ def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptur
     replies = replies_of({node: near(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
     odd = replies_of({9: near(model, 9)}, {9: 10}, surprise=3.0)
     strategy = wrapped(name, FedAvg())
-    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), FourNodes()))
+    list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
     arrays, metrics = strategy.aggregate_train(1, [*odd, *replies])
     plain, _ = FedAvg().aggregate_train(
         1, [*replies_of({9: near(model, 9)}, {9: 10}, loss=1.0), *replies]
@@ -176,19 +169,17 @@ def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptur
     assert "reply of node 9 dropped: its records are not named" in caplog.text
 
 
-class Mailbox(FourNodes):
+class Mailbox(Nodes):
     """A grid that makes each reply only when it is asked for, and counts those that still live."""
 
     pull_interval = 0.0
 
     def __init__(self, states: dict[int, State]) -> None:
+        super().__init__(states)
         self.states = states
         self.asked: dict[str, Message] = {}
         self.records: list[weakref.ref[Any]] = []
         self.most = 0
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.states)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         self.asked = {str(place): message for place, message in enumerate(messages)}
