@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fl_rebasin.descent import MAX_SWEEPS, Matcher
+from fl_rebasin.nearness import Reference, margins, unsettled_groups
 from fl_rebasin.objective import check_finite, inner, precision_of, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 
@@ -55,6 +56,32 @@ def best_match(
     least = came.objective
     better = fresh if fresh.objective > least + TIE * abs(least) else came
     return better, better.descend(groups, sweeps=sweeps)
+
+
+def match_to(reference: Reference, weights: Mapping[str, Tensor]) -> tuple[Permutation, int]:
+    """Match a model to a reference, but for groups that a proof says are where they belong.
+
+    Args:
+        reference: what stays.
+        weights: learnable tensors of the model.
+
+    Returns:
+        The permutation, and the number of sweeps: 0 where no group had to be looked at.
+    """
+    spec = reference.spec
+    # Of one model alone the margins are those of a match with the reference.
+    unsettled = unsettled_groups(margins(reference, [weights], [1.0]))
+    if not unsettled:
+        return spec.identity(), 0
+    precision, _ = precision_of([reference.tensors, weights])
+    matcher, sweeps = best_match(
+        spec, reference.tensors, weights, groups=unsettled, precision=precision
+    )
+    if len(unsettled) < len(spec.groups):
+        # What was proved of a group no longer holds once its neighbours have moved.
+        again = unsettled_groups(margins(reference, [matcher.weights], [1.0]))
+        sweeps += matcher.descend(unsettled=again)
+    return matcher.permutation, sweeps
 
 
 def match_weights(

@@ -209,6 +209,11 @@ def margins(
     return found
 
 
+def unsettled_groups(room: Mapping[str, float]) -> list[str]:
+    """Return the groups of which margins do not prove that their units are where they belong."""
+    return [name for name, margin in room.items() if margin < 1]
+
+
 def _least(
     gaps: Mapping[Family, Tensor], away: Sequence[Mapping[Family, Tensor]], shares: Sequence[float]
 ) -> dict[Family, float]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fl_rebasin.assignment import Prices
 from fl_rebasin.descent import MAX_SWEEPS, Matcher
-from fl_rebasin.matching import best_match
-from fl_rebasin.nearness import Reference, margins
+from fl_rebasin.matching import best_match, match_to
+from fl_rebasin.nearness import Reference, margins, unsettled_groups
 from fl_rebasin.objective import inner, precision_of
 from fl_rebasin.spec import Permutation, PermutationSpec
 
@@ -244,7 +244,7 @@ def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
     if method == "joint":
         around = Reference(models.spec, models.mean(came)) if gauge is None else gauge
         room = models.margins(around, came)
-        unsettled = _unsettled(room)
+        unsettled = unsettled_groups(room)
         if not unsettled:
             return Alignment(tuple(came), 0, room)
         found, sweeps = _jointly(models, unsettled)
@@ -258,24 +258,20 @@ def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
     return in_unit_order(models, Alignment(tuple(found), sweeps), gauge)
 
 
-def _unsettled(room: Mapping[str, float]) -> list[str]:
-    """Return the groups of which no proof says that their units are where they belong."""
-    return [name for name, margin in room.items() if margin < 1]
-
-
 def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutation], int]:
     came = models.still()
     if len(came) == 1:
         return came, 0
-    # Of two models one is where it belongs, and the match is all there is to do.
     few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
     found, sweeps = models.match_to_reference(unsettled, few)
     if models.objective(found) <= models.objective(came):
         found = came
-    elif len(came) == 2:
+    elif len(came) == 2 and len(unsettled) == len(models.spec.groups):
+        # One of them is where it belongs, and the match is all there is to do.
         return found, sweeps
     else:
-        unsettled = _unsettled(models.margins(Reference(models.spec, models.mean(found)), found))
+        around = Reference(models.spec, models.mean(found))
+        unsettled = unsettled_groups(models.margins(around, found))
     found, used = models.descend(found, unsettled)
     return found, sweeps + used
 
@@ -286,11 +282,7 @@ def in_unit_order(models: Models, found: Alignment, gauge: Reference | None) -> 
     permutations = [home.compose(each) for each in found.permutations]
     sweeps = found.sweeps
     if gauge is not None:
-        mean = models.mean(permutations)
-        if unsettled := _unsettled(margins(gauge, [mean], [1.0])):
-            matcher, used = best_match(
-                *(models.spec, gauge.tensors, mean), groups=unsettled, precision=models.precision
-            )
-            permutations = [matcher.permutation.compose(each) for each in permutations]
-            sweeps += used
+        last, used = match_to(gauge, models.mean(permutations))
+        permutations = [last.compose(each) for each in permutations]
+        sweeps += used
     return Alignment(tuple(permutations), sweeps, found.margins)

@@ -14,9 +14,9 @@ from flwr.supercore import log
 
 from fl_rebasin.flower.matching import match_on_clients
 from fl_rebasin.flower.validation import ClientModel
-from fl_rebasin.matching import match_weights
+from fl_rebasin.matching import match_to, match_weights
 from fl_rebasin.merging import align_many, into_gauge, mean_similarities
-from fl_rebasin.nearness import Reference, margins
+from fl_rebasin.nearness import Reference
 from fl_rebasin.objective import weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
 from fl_rebasin.topologies import heaviest
@@ -54,11 +54,7 @@ class Aligner:
         """Match a model to the global one."""
         if self.matching == "none":
             return self.spec.identity()
-        # Of one model alone the margins are those of a match with the reference.
-        near = margins(self._around, [weights_of(self.spec, client.state_dict)], [1.0])
-        if min(near.values(), default=1.0) >= 1:
-            return self.spec.identity()
-        return match_weights(self.spec, self.gauge, client.state_dict).permutation
+        return match_to(self._around, weights_of(self.spec, client.state_dict))[0]
 
     def align(self, clients: Sequence[ClientModel]) -> tuple[list[Permutation], Metrics]:
         """Return a permutation for each client, and what the alignment did."""
