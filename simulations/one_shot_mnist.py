@@ -75,7 +75,7 @@ def settings_of(name: str, options: argparse.Namespace) -> Settings:
     if name != MERGE_MANY:
         return small
     return replace(
-        small, epochs=20, model="mlp", width=512, images=0, recipe=FULL, statistics_images=20_000
+        small, epochs=30, model="mlp", width=512, images=0, recipe=FULL, statistics_images=20_000
     )
 
 
