@@ -180,7 +180,10 @@ class Models:
         return found, sweeps
 
     def descend(
-        self, start: Sequence[Permutation], unsettled: Collection[str] | None = None
+        self,
+        start: Sequence[Permutation],
+        unsettled: Collection[str] | None = None,
+        mean: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[Permutation], int]:
         """Match each model to the weighted mean of the others, until nothing is gained.
 
@@ -189,9 +192,10 @@ class Models:
         Args:
             start: permutations to begin with.
             unsettled: groups whose units may not be where they belong; by default all.
+            mean: the mean of the models so permuted, if it is known; it is written to.
         """
         permutations, sweeps = list(start), 0
-        total = self.mean(permutations)
+        total = self.mean(permutations) if mean is None else mean
         prices: list[dict[str, Prices | None]] = [{} for _ in self.models]
         height = inner(total, total, self.precision)
         waiting = [set(self.spec.groups if unsettled is None else unsettled) for _ in self.models]
@@ -264,15 +268,16 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
         return came, 0
     few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
     found, sweeps = models.match_to_reference(unsettled, few)
-    if models.objective(found) <= models.objective(came):
-        found = came
-    elif len(came) == 2 and len(unsettled) == len(models.spec.groups):
+    mean = models.mean(found)
+    if inner(mean, mean, models.precision) <= models.objective(came):
+        del mean
+        found, used = models.descend(came, unsettled)
+        return found, sweeps + used
+    if len(came) == 2 and len(unsettled) == len(models.spec.groups):
         # One of them is where it belongs, and the match is all there is to do.
         return found, sweeps
-    else:
-        around = Reference(models.spec, models.mean(found))
-        unsettled = unsettled_groups(models.margins(around, found))
-    found, used = models.descend(found, unsettled)
+    unsettled = unsettled_groups(models.margins(Reference(models.spec, mean), found))
+    found, used = models.descend(found, unsettled, mean)
     return found, sweeps + used
 
 
