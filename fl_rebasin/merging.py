@@ -174,8 +174,9 @@ def merge_many(
             model of the last round; by default that of the heaviest model, of equal ones the
             first.
         method: who is matched to whom.
-            `"joint"`: all to the heaviest, or not at all if that is better, then each in turn to
-            the weighted mean of the others, until nobody moves;
+            `"joint"`: all to the heaviest, then each in turn to the weighted mean of the others,
+            until nobody moves; where the first step is one down, from the models in pairs and as
+            they came instead, and the better result is taken;
             `"reference"`: all to the heaviest;
             `"hierarchical"`: in pairs, which are merged, then these in pairs, and so on;
             `"textbook"`: each in turn to the weighted mean of the others, from the models as they

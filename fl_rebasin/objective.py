@@ -29,7 +29,8 @@ def is_finite(values: Tensor) -> bool:
     if not values.is_floating_point():
         return bool(torch.isfinite(values).all())
     # One pass, no copy: NaN and infinity go through; so may what overflows on the way.
-    return math.isfinite(_dot(values, values)) or bool(torch.isfinite(values).all())
+    flat = values.detach().reshape(-1)
+    return math.isfinite(float(flat @ flat)) or bool(torch.isfinite(values).all())
 
 
 def checked_state(spec: PermutationSpec, model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -236,18 +236,19 @@ def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
 
     Args:
         models: what came.
-        method: `joint`: nothing, if a proof shows that nothing is to be done; else the better of
-            the models as they came and all matched to the heaviest, then each in turn matched to
-            the mean of the others, until nobody moves. `reference`: all matched to the heaviest.
-            `hierarchical`: matched and merged in pairs. `textbook`: each in turn matched to the
-            mean of the others, from the models as they came (Git Re-Basin, Algorithm 3).
+        method: `joint`: nothing, if a proof shows that nothing is to be done; else all matched to
+            the heaviest, then each in turn matched to the mean of the others, until nobody moves;
+            where the first step is one down, from pairs and from the models as they came instead.
+            `reference`: all matched to the heaviest. `hierarchical`: matched and merged in pairs.
+            `textbook`: each in turn matched to the mean of the others, from the models as they
+            came (Git Re-Basin, Algorithm 3).
         gauge: learnable tensors of a model whose unit order the mean takes; None: that of the
             heaviest model.
     """
     came = models.still()
     if method == "joint":
         around = Reference(models.spec, models.mean(came)) if gauge is None else gauge
-        room = models.margins(around, came)
+        room = margins(around, models.models, models.shares)
         unsettled = unsettled_groups(room)
         if not unsettled:
             return Alignment(tuple(came), 0, room)
@@ -267,18 +268,27 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
     if len(came) == 1:
         return came, 0
     few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
-    found, sweeps = models.match_to_reference(unsettled, few)
-    mean = models.mean(found)
-    if inner(mean, mean, models.precision) <= models.objective(came):
-        del mean
+    matched, sweeps = models.match_to_reference(unsettled, few)
+    if all(each.is_identity for each in matched):
         found, used = models.descend(came, unsettled)
         return found, sweeps + used
-    if len(came) == 2 and len(unsettled) == len(models.spec.groups):
-        # One of them is where it belongs, and the match is all there is to do.
-        return found, sweeps
-    unsettled = unsettled_groups(models.margins(Reference(models.spec, mean), found))
-    found, used = models.descend(found, unsettled, mean)
-    return found, sweeps + used
+    mean = models.mean(matched)
+    if inner(mean, mean, models.precision) > models.objective(came):
+        if len(came) == 2 and len(unsettled) == len(models.spec.groups):
+            # One of them is where it belongs, and the match is all there is to do.
+            return matched, sweeps
+        unsettled = unsettled_groups(models.margins(Reference(models.spec, mean), matched))
+        found, used = models.descend(matched, unsettled, mean)
+        return found, sweeps + used
+    del mean
+    # Clusters that are aligned inside were torn apart: move them whole, or not at all.
+    paired, used = models.match_in_pairs()
+    sweeps += used
+    found, used = models.descend(paired)
+    sweeps += used
+    stayed, used = models.descend(came, unsettled)
+    best = max(stayed, found, key=models.objective)
+    return best, sweeps + used
 
 
 def in_unit_order(models: Models, found: Alignment, gauge: Reference | None) -> Alignment:
