@@ -90,12 +90,12 @@ NETS = {
 }
 
 
-def images_of(name: str, folder: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first images and labels of a training set, from a folder as of torchvision."""
+def images_of(name: str, folder: Path, count: int, *, train: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the first images and labels of a training or test set, from torchvision's folder."""
     if name == "mnist":
-        mnist = torchvision.datasets.MNIST(str(folder), train=True)
+        mnist = torchvision.datasets.MNIST(str(folder), train=train)
         return (mnist.data[:count, None].float() / 255 - 0.13) / 0.31, mnist.targets[:count]
-    cifar = torchvision.datasets.CIFAR100(str(folder), train=True)
+    cifar = torchvision.datasets.CIFAR100(str(folder), train=train)
     images = torch.from_numpy(cifar.data[:count]).permute(0, 3, 1, 2).float()
     return images / 127.5 - 1, torch.tensor(cifar.targets[:count])
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from fl_rebasin.nearness import Reference
 from fl_rebasin.objective import check_finite, weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict, like
-from fl_rebasin.topologies import METHODS, Alignment, Method, Models, align, in_unit_order
+from fl_rebasin.topologies import (
+    METHODS,
+    Alignment,
+    Method,
+    Models,
+    align,
+    all_still,
+    in_unit_order,
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def mean_similarities(
     """
     federation = _models(spec, state_dicts, weights)
     before = federation.similarity(federation.still())
-    if all(permutation.is_identity for permutation in permutations):
+    if all_still(permutations):
         return before, before
     return before, federation.similarity(permutations)
 

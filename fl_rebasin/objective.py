@@ -29,7 +29,7 @@ def is_finite(values: Tensor) -> bool:
     if not values.is_floating_point():
         return bool(torch.isfinite(values).all())
     # One pass, no copy: NaN and infinity go through; so may what overflows on the way.
-    flat = values.detach().reshape(-1)
+    flat = values.detach().to(torch.promote_types(values.dtype, torch.float32)).reshape(-1)
     return math.isfinite(float(flat @ flat)) or bool(torch.isfinite(values).all())
 
 

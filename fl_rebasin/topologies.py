@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -47,6 +47,11 @@ class Alignment:
 def heaviest(weights: Sequence[float]) -> int:
     """Return the place of the heaviest model; of equal ones the first."""
     return max(range(len(weights)), key=lambda place: (weights[place], -place))
+
+
+def all_still(permutations: Iterable[Permutation]) -> bool:
+    """Whether no permutation moves anything."""
+    return all(permutation.is_identity for permutation in permutations)
 
 
 class Models:
@@ -137,6 +142,19 @@ class Models:
         moved = (dict(self.moved(place, each)) for place, each in enumerate(permutations))
         return margins(reference, moved, self.shares)
 
+    def _match(
+        self,
+        target: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        groups: Collection[str] | None = None,
+        most: int = MAX_SWEEPS,
+    ) -> tuple[Permutation, int]:
+        """Match weights to a target; the matcher's copy of them does not outlive the match."""
+        matcher, sweeps = best_match(
+            *(self.spec, target, weights), groups=groups, precision=self.precision, sweeps=most
+        )
+        return matcher.permutation, sweeps
+
     def match_to_reference(
         self, groups: Collection[str] | None = None, most: int = MAX_SWEEPS
     ) -> tuple[list[Permutation], int]:
@@ -149,15 +167,10 @@ class Models:
         found, sweeps = self.still(), 0
         *others, reference = self.order
         for place in others:
-            matcher, used = best_match(
-                *(self.spec, self.models[reference], self.models[place]),
-                groups=groups,
-                precision=self.precision,
-                sweeps=most,
+            found[place], used = self._match(
+                self.models[reference], self.models[place], groups, most
             )
-            found[place] = matcher.permutation
             sweeps += used
-            del matcher  # And with it its copy of the model, before the next one is made.
         return found, sweeps
 
     def match_in_pairs(self) -> tuple[list[Permutation], int]:
@@ -167,15 +180,10 @@ class Models:
         while len(clusters) > 1:
             pairs = [clusters[place : place + 2] for place in range(0, len(clusters), 2)]
             for light, heavy in (pair for pair in pairs if len(pair) == 2):
-                matcher, used = best_match(
-                    self.spec,
-                    self.mean(found, heavy),
-                    self.mean(found, light),
-                    precision=self.precision,
-                )
+                permutation, used = self._match(self.mean(found, heavy), self.mean(found, light))
                 sweeps += used
                 for place in light:
-                    found[place] = matcher.permutation.compose(found[place])
+                    found[place] = permutation.compose(found[place])
             clusters = [list(chain.from_iterable(pair)) for pair in pairs]
         return found, sweeps
 
@@ -269,7 +277,7 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
         return came, 0
     few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
     matched, sweeps = models.match_to_reference(unsettled, few)
-    if all(each.is_identity for each in matched):
+    if all_still(matched):
         found, used = models.descend(came, unsettled)
         return found, sweeps + used
     mean = models.mean(matched)

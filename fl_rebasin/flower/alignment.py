@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from logging import INFO
@@ -19,7 +19,7 @@ from fl_rebasin.merging import align_many, into_gauge, mean_similarities
 from fl_rebasin.nearness import Reference
 from fl_rebasin.objective import weights_of
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
-from fl_rebasin.topologies import heaviest
+from fl_rebasin.topologies import all_still, heaviest
 
 Matching: TypeAlias = Literal[
     "none", "weights", "activations", "activations-then-weights", "straight-through"
@@ -133,8 +133,3 @@ class Aligner:
             if to_heaviest != list(orders) and not all_still(to_heaviest):
                 others["reference"] = to_heaviest
         return others
-
-
-def all_still(orders: Iterable[Permutation]) -> bool:
-    """Whether no permutation moves anything."""
-    return all(permutation.is_identity for permutation in orders)

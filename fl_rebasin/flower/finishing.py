@@ -52,7 +52,7 @@ class Finisher:
     def variants(
         self,
         nodes: Sequence[int],
-        moved: Sequence[StateDict],
+        aligned: Mapping[int, StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
         own: Metrics,
@@ -61,7 +61,7 @@ class Finisher:
 
         Args:
             nodes: the round's clients.
-            moved: their aligned models.
+            aligned: their aligned models by node, where these are asked for.
             arrays: the aggregated model.
             counts: label counts of the clients that reported good ones, by node.
             own: metrics; those of the questions to the clients are added.
@@ -71,10 +71,10 @@ class Finisher:
         if self.every or not fitted:
             variants[""] = self.recalibrated(nodes, arrays, own)
         if variants and counts:
-            headed = self._with_head(nodes, moved, variants[""], counts)
+            headed = self._with_head(aligned, variants[""], counts)
             variants = {**variants, "+heads": headed} if self.every else {"": headed}
         if fitted:
-            found = self._fitted(nodes, moved, arrays, counts, own)
+            found = self._fitted(aligned, arrays, counts, own)
             if found is not None:
                 variants["+lsq" if self.every else ""] = found
         # Where nobody answered, the average needs what it gets without least squares.
@@ -90,8 +90,7 @@ class Finisher:
 
     def _fitted(
         self,
-        nodes: Sequence[int],
-        moved: Sequence[StateDict],
+        aligned: Mapping[int, StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
         own: Metrics,
@@ -102,7 +101,7 @@ class Finisher:
         bias = None if self.head is None else self.head[1]
         everybody = torch.stack(list(counts.values())).sum(0) if counts else None
         models = {}
-        for node, model in zip(nodes, moved, strict=True):
+        for node, model in aligned.items():
             if node in counts and everybody is not None and bias is not None:
                 model = without_label_prior(model, counts[node], everybody, bias)
             models[node] = ArrayRecord(dict(model))
@@ -115,14 +114,13 @@ class Finisher:
 
     def _with_head(
         self,
-        nodes: Sequence[int],
-        moved: Sequence[StateDict],
+        aligned: Mapping[int, StateDict],
         arrays: ArrayRecord,
         counts: Mapping[int, Tensor],
     ) -> ArrayRecord:
         """Return the model with a class-aware head, of those who report label counts."""
         assert self.head is not None
-        models = [model for node, model in zip(nodes, moved, strict=True) if node in counts]
+        models = [aligned[node] for node in counts]
         merged = arrays.to_torch_state_dict()
         return ArrayRecord(class_aware_head(merged, models, list(counts.values()), *self.head))
 

@@ -20,7 +20,7 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.derive import ExampleInputs, derive_spec
-from fl_rebasin.flower.alignment import Aligner, AlignTo, Matching, Metrics, all_still
+from fl_rebasin.flower.alignment import Aligner, AlignTo, Matching, Metrics
 from fl_rebasin.flower.checkpointed import Checkpointed, EvaluateFn, check_options
 from fl_rebasin.flower.finishing import Finisher, LeastSquares
 from fl_rebasin.flower.guard import choose_on_clients
@@ -43,6 +43,7 @@ from fl_rebasin.heads import last_layer
 from fl_rebasin.least_squares import MAX_FEATURES, plan
 from fl_rebasin.objective import check_finite
 from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
+from fl_rebasin.topologies import all_still
 
 
 class ReBasinStrategy(WrappedStrategy):
@@ -315,14 +316,14 @@ class ReBasinStrategy(WrappedStrategy):
         for place, (name, order) in enumerate(candidates.items(), 1):
             # Each candidate is aggregated by a strategy of its own, which may have a memory.
             trial = self.strategy if len(candidates) == 1 else self._copied()
-            remade, moved = self._remade(clients, order, last=place == len(candidates))
+            remade, aligned = self._remade(clients, order, last=place == len(candidates))
             arrays, metrics = self._aggregated(trial, server_round, [*inbox.failed, *remade])
             del remade
             # Flower's views of records are cycles, young ones, which would keep all the models.
             gc.collect(1)
             if arrays is None:
                 continue
-            for variant, made in finisher.variants(nodes, moved, arrays, counts, own).items():
+            for variant, made in finisher.variants(nodes, aligned, arrays, counts, own).items():
                 # The aggregate itself has been looked at.
                 usable = made is arrays or self._is_usable(made, server_round)
                 made = made if usable else arrays
@@ -417,15 +418,15 @@ class ReBasinStrategy(WrappedStrategy):
 
     def _remade(
         self, clients: list[ClientModel], orders: Sequence[Permutation], *, last: bool
-    ) -> tuple[list[Message], list[StateDict]]:
-        """Return replies with permuted models, and these models where they are asked for again.
+    ) -> tuple[list[Message], dict[int, StateDict]]:
+        """Return replies with permuted models, and these by node where they are asked for again.
 
         The last time each model is let go as soon as its reply is made.
         """
         assert self._arrays is not None
         again = self.least_squares != "none" or self._head is not None
         remade: list[Message] = []
-        models: list[StateDict] = []
+        models: dict[int, StateDict] = {}
         for place, (client, permutation) in enumerate(zip(clients, orders, strict=True)):
             model: StateDict = client.state_dict
             if permutation.is_identity:
@@ -438,7 +439,7 @@ class ReBasinStrategy(WrappedStrategy):
                 model = dict(moved) if again else {}
                 remade.append(with_model(client, model.items() if again else moved))
             if again:
-                models.append(model)
+                models[client.node] = model
             elif last:
                 clients[place] = replace(client, state_dict={}, record=None)
         return remade, models
