@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fl_rebasin import derive_spec, merge_many
-from fl_rebasin.merging import average
-from fl_rebasin.topologies import Method
+from fl_rebasin.matching.many import Method
+from fl_rebasin.state_dicts import average
 
 NAME = "MLP 3x512"
 GROUPS = ((2, 2), (3, 2), (2, 2, 2))

@@ -35,7 +35,7 @@ from machine import versions
 from torchvision.models import resnet18
 
 from fl_rebasin import ReBasinStrategy
-from fl_rebasin.flower.one_by_one import OneByOne
+from fl_rebasin.flower.lazy_grid import OneByOne
 
 CASES = {
     "FedAvg alone": ("", False),

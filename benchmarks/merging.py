@@ -28,8 +28,7 @@ from nets import NETS, State, state_of
 from torchvision.models import resnet18
 
 from fl_rebasin import Permutation, PermutationSpec, ReBasinStrategy, derive_spec
-from fl_rebasin.merging import align_many
-from fl_rebasin.topologies import Method
+from fl_rebasin.matching.many import Method, align_many
 
 PACKAGES = ("flwr", "torch", "lapx", "numpy", "scipy")
 WORK = {"MLP 3x512, trained": ("MLP 3x512", 5, True), "ResNet-20 x4": ("ResNet-20 x4", 10, False)}

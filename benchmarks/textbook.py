@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fl_rebasin import Permutation, PermutationSpec
-from fl_rebasin.axes import groups_of, named_pieces, pieces
+from fl_rebasin.symmetry.axes import groups_of, named_pieces, pieces
 
 ROUNDING = 1e-6
 """In float32 a rise of the objective by less than this share is none, or the loop never ends."""

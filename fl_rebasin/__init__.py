@@ -6,17 +6,18 @@ here too; they are imported on first use, so that the core works without Flower.
 
 from typing import TYPE_CHECKING, Any
 
-from fl_rebasin.activations import match_activations
-from fl_rebasin.batchnorm import recalibrate_batchnorm
-from fl_rebasin.derive import derive_spec
-from fl_rebasin.heads import class_aware_head
-from fl_rebasin.least_squares import fit_least_squares
-from fl_rebasin.matching import Match, match_weights
-from fl_rebasin.merging import Merge, interpolate, merge_many
+from fl_rebasin.matching.activations import match_activations
+from fl_rebasin.matching.straight_through import match_straight_through
+from fl_rebasin.matching.weights import Match, match_weights
+from fl_rebasin.merging.batchnorm import recalibrate_batchnorm
+from fl_rebasin.merging.heads import class_aware_head
+from fl_rebasin.merging.least_squares import fit_least_squares
+from fl_rebasin.merging.merge_many import Merge, merge_many
 from fl_rebasin.metrics import Barrier, barrier
-from fl_rebasin.spec import Permutation, PermutationSpec, SpecError
-from fl_rebasin.stored import spec_from_json, spec_to_json
-from fl_rebasin.straight_through import match_straight_through
+from fl_rebasin.state_dicts import interpolate
+from fl_rebasin.symmetry.derive import derive_spec
+from fl_rebasin.symmetry.serialization import spec_from_json, spec_to_json
+from fl_rebasin.symmetry.spec import Permutation, PermutationSpec, SpecError
 
 if TYPE_CHECKING:
     from fl_rebasin.flower import ReBasinStrategy

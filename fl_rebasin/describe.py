@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_rebasin.derive import derive_spec
-from fl_rebasin.spec import PermutationSpec, SpecError
-from fl_rebasin.stored import spec_to_json
+from fl_rebasin.symmetry.derive import derive_spec
+from fl_rebasin.symmetry.serialization import spec_to_json
+from fl_rebasin.symmetry.spec import PermutationSpec, SpecError
 
 DEFAULT_INPUT = (1, 3, 224, 224)
 

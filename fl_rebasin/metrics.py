@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fl_rebasin.merging import interpolate
-from fl_rebasin.spec import StateDict
+from fl_rebasin.state_dicts import StateDict, interpolate
 
 LAMBDAS = 25
 """Number of points on the line between two models, ends included."""

@@ -23,7 +23,10 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.batchnorm import (
+from fl_rebasin.flower.arrays import read_array, read_head
+from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
+from fl_rebasin.flower.wrapper import WrappedStrategy
+from fl_rebasin.merging.batchnorm import (
     LayerStatistics,
     batchnorm_layers,
     batchnorm_statistics,
@@ -31,9 +34,6 @@ from fl_rebasin.batchnorm import (
     recentred,
     with_statistics,
 )
-from fl_rebasin.flower.payload import read_array, read_head
-from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
-from fl_rebasin.flower.wrapper import WrappedStrategy
 
 QUESTION = Question("batchnorm", "BatchNorm statistics", "add_batchnorm_handler")
 MAX_COUNT = 10**15

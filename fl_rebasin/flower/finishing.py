@@ -13,14 +13,14 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from fl_rebasin.flower.alignment import Metrics
+from fl_rebasin.flower.align import Metrics
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
 from fl_rebasin.flower.least_squares import fit_on_clients
-from fl_rebasin.flower.queries import reason
-from fl_rebasin.flower.validation import ClientModel, read_label_counts
-from fl_rebasin.heads import check_counts, class_aware_head, without_label_prior
-from fl_rebasin.least_squares import Step
-from fl_rebasin.spec import StateDict
+from fl_rebasin.flower.questions import reason
+from fl_rebasin.flower.replies import ClientModel, read_label_counts
+from fl_rebasin.merging.heads import check_counts, class_aware_head, without_label_prior
+from fl_rebasin.merging.least_squares import Step
+from fl_rebasin.state_dicts import StateDict
 
 LeastSquares: TypeAlias = Literal["none", "layerwise", "one-pass", "rescaling"]
 

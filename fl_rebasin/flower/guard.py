@@ -15,8 +15,8 @@ from flwr.supercore import log
 from torch import nn
 from torch.nn import functional as F
 
-from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
-from fl_rebasin.modes import evaluating
+from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
+from fl_rebasin.forward import evaluating
 
 QUESTION = Question("guard", "evaluation of candidates", "add_guard_handler")
 MAX_COUNT = 10**15

@@ -8,7 +8,7 @@ from fl_rebasin.flower.batchnorm import add_batchnorm_handler
 from fl_rebasin.flower.guard import add_guard_handler
 from fl_rebasin.flower.least_squares import add_least_squares_handler
 from fl_rebasin.flower.matching import add_matching_handler
-from fl_rebasin.flower.queries import LoadFn
+from fl_rebasin.flower.questions import LoadFn
 
 
 def add_rebasin_handlers(

@@ -16,10 +16,10 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 
+from fl_rebasin.flower.arrays import read_array, read_head
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
-from fl_rebasin.flower.payload import read_array, read_head
-from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded, reason
-from fl_rebasin.least_squares import (
+from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded, reason
+from fl_rebasin.merging.least_squares import (
     RIDGE,
     Step,
     Sums,
@@ -94,7 +94,7 @@ def fit_on_clients(
     Args:
         grid: the ServerApp's grid.
         model: a module of the architecture, any weights; not changed.
-        steps: what is done, in order: `fl_rebasin.least_squares.plan`.
+        steps: what is done, in order: `fl_rebasin.merging.least_squares.plan`.
         merged: state dict of the merged model.
         own: for each node its aligned model; it is sent along, so that clients need no memory.
         inputs: `"merged"`: a layer is fitted on what it sees in the merged model so far, with one

@@ -15,12 +15,13 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.activations import match_activations
-from fl_rebasin.flower.payload import read_array, read_head
-from fl_rebasin.flower.queries import TIMEOUT, LoadFn, Question, ask, loaded
-from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
-from fl_rebasin.stored import spec_from_json, spec_to_json
-from fl_rebasin.straight_through import match_straight_through
+from fl_rebasin.flower.arrays import read_array, read_head
+from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
+from fl_rebasin.matching.activations import match_activations
+from fl_rebasin.matching.straight_through import match_straight_through
+from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.symmetry.serialization import spec_from_json, spec_to_json
+from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 QUESTION = Question("matching", "permutation", "add_matching_handler")
 

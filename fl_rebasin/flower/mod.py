@@ -14,12 +14,12 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from fl_rebasin.activations import match_activations
-from fl_rebasin.derive import ExampleInputs, derive_spec
-from fl_rebasin.flower.queries import LoadFn, reason
-from fl_rebasin.matching import Match, match_weights
-from fl_rebasin.objective import check_finite
-from fl_rebasin.spec import PermutationSpec
+from fl_rebasin.flower.questions import LoadFn, reason
+from fl_rebasin.matching.activations import match_activations
+from fl_rebasin.matching.objective import check_finite
+from fl_rebasin.matching.weights import Match, match_weights
+from fl_rebasin.symmetry.derive import ExampleInputs, derive_spec
+from fl_rebasin.symmetry.spec import PermutationSpec
 
 
 def rebasin_mod(

@@ -19,14 +19,12 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from fl_rebasin.derive import ExampleInputs, derive_spec
-from fl_rebasin.flower.alignment import Aligner, AlignTo, Matching, Metrics
-from fl_rebasin.flower.checkpointed import Checkpointed, EvaluateFn, check_options
+from fl_rebasin.flower.align import Aligner, AlignTo, Matching, Metrics
+from fl_rebasin.flower.checkpoint.checkpointed import Checkpointed, EvaluateFn, check_options
 from fl_rebasin.flower.finishing import Finisher, LeastSquares
 from fl_rebasin.flower.guard import choose_on_clients
-from fl_rebasin.flower.one_by_one import OneByOne
-from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
-from fl_rebasin.flower.validation import (
+from fl_rebasin.flower.lazy_grid import OneByOne
+from fl_rebasin.flower.replies import (
     MAX_EXAMPLES,
     ClientModel,
     Inbox,
@@ -38,12 +36,15 @@ from fl_rebasin.flower.validation import (
     tell_dropped,
     with_model,
 )
+from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
-from fl_rebasin.heads import last_layer
-from fl_rebasin.least_squares import MAX_FEATURES, plan
-from fl_rebasin.objective import check_finite
-from fl_rebasin.spec import Permutation, PermutationSpec, StateDict
-from fl_rebasin.topologies import all_still
+from fl_rebasin.matching.many import all_still
+from fl_rebasin.matching.objective import check_finite
+from fl_rebasin.merging.heads import last_layer
+from fl_rebasin.merging.least_squares import MAX_FEATURES, plan
+from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.symmetry.derive import ExampleInputs, derive_spec
+from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 
 class ReBasinStrategy(WrappedStrategy):

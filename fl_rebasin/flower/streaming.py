@@ -19,8 +19,8 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
-from fl_rebasin.flower.validation import ClientModel, alike
-from fl_rebasin.spec import StateDict
+from fl_rebasin.flower.replies import ClientModel, alike
+from fl_rebasin.state_dicts import StateDict
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 

@@ -1,5 +1,7 @@
 """The table of models that the laws are tried on: small nets, one for each kind of structure."""
 
+import pytest
+
 from zoo.attention import ATTENTION
 from zoo.basics import BASICS
 from zoo.entry import Entry
@@ -13,4 +15,29 @@ ZOO: dict[str, Entry] = {name: entry for family in FAMILIES for name, entry in f
 
 assert len(ZOO) == sum(map(len, FAMILIES)), "a name is taken twice"
 
-__all__ = ["ZOO", "Entry"]
+REPRESENTATIVE = frozenset(
+    {
+        *("mlp", "conv-batchnorm-flatten", "group-and-layer-norm", "residual-batchnorm"),
+        *("dense-concat", "depthwise-grouped-transposed", "tied-shared", "chunk-keywords"),
+        *("mha", "encoder-two-layers", "transformer", "qkv-chunk-causal", "grouped-query-expand"),
+        *("rotary-halves", "swin-bias-table", "talking-heads", "gpt-tied", "vit"),
+        *("lstm-two-layers-bidirectional", "gru", "lstm-cells", "rnn-relu-two-layers"),
+        *("graph-scatter-add", "graph-attention", "group-norm-crossed", "channel-shuffle"),
+        *("unet", "inverted-residual", "split-passed-by", "weight-norm", "experts-routed"),
+        *("nested-outputs", "swiglu-fused", "outer-product", "kan"),
+    }
+)
+"""One model or two of each structure: the fast tests try these, the slow ones all the others."""
+
+assert ZOO.keys() >= REPRESENTATIVE
+
+each_model = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow)
+        for name in ZOO
+    ],
+)
+"""Runs a law on every model of the table."""
+
+__all__ = ["ZOO", "Entry", "each_model"]

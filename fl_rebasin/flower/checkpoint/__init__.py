@@ -1,0 +1,1 @@
+"""Runs that write a checkpoint after each round, and resume from the newest one."""

@@ -1,0 +1,101 @@
+"""A grid that hands replies over one by one, so that nobody holds those that have been read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from logging import WARNING
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from fl_rebasin.flower.questions import reason
+
+POLL_SECONDS = 3.0
+"""Pause between two looks for replies, as in Flower, where the grid does not say."""
+
+
+class OneByOne(Grid):
+    """Another grid, whose replies are an iterator instead of a list.
+
+    Args:
+        grid: the ServerApp's grid.
+        lazy: leave each reply where it is until it is asked for. Else all of them are received
+            first.
+    """
+
+    def __init__(self, grid: Grid, *, lazy: bool) -> None:
+        self._grid = grid
+        self._lazy = lazy
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send messages; return an iterator over the replies, each of them gone once taken."""
+        if not self._lazy:
+            return _popped(list(self._grid.send_and_receive(messages, timeout=timeout)))
+        return self._pulled(list(self._grid.push_messages(messages)), timeout)
+
+    def _pulled(self, message_ids: list[str], timeout: float | None) -> Iterator[Message]:
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            # Decided before the look: who takes a reply may take long, and meanwhile others come.
+            last = time.monotonic() >= end
+            for message_id in list(message_ids):
+                try:
+                    replies = list(self._grid.pull_messages([message_id]))
+                except (TypeError, ValueError, LookupError, AssertionError) as error:
+                    # What Flower raises where a reply cannot be parsed; the others still can.
+                    log(WARNING, "a reply dropped: it cannot be parsed: %s", reason(error))
+                    message_ids.remove(message_id)
+                    continue
+                if replies:
+                    message_ids.remove(message_id)
+                yield from _popped(replies)
+            if not message_ids or last:
+                return
+            time.sleep(getattr(self._grid, "pull_interval", POLL_SECONDS))
+
+    def set_run(self, *args: Any, **kwargs: Any) -> None:
+        """As the grid."""
+        self._grid.set_run(*args, **kwargs)
+
+    @property
+    def run(self) -> Any:
+        """As the grid."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As the grid."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As the grid."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        """As the grid."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid."""
+        return self._grid.pull_messages(message_ids)
+
+
+def _popped(replies: list[Message]) -> Iterator[Message]:
+    replies.reverse()
+    while replies:
+        yield replies.pop()

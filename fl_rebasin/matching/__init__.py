@@ -1,0 +1,1 @@
+"""Which permutation brings models together: of two models, or of N."""

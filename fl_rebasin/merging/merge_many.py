@@ -1,0 +1,114 @@
+"""N models into one: permutation-aligned weighted averaging (MergeMany)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fl_rebasin.matching.many import Method, align_many, mean_similarities
+from fl_rebasin.matching.objective import check_finite
+from fl_rebasin.state_dicts import StateDict, like, normalised, weighted_mean
+from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The result of merging N models.
+
+    Attributes:
+        state_dict: the weighted mean of the permuted models; keys, dtypes and order of the first.
+        permutations: one for each model, in the order given.
+        similarity: weighted mean cosine of the permuted models to the merged one.
+        similarity_before: the same for the models as they came and their plain mean.
+        sweeps: sweeps over all groups, summed over the models.
+        margins: for each group the factor, or less, by which the models' distances from the gauge
+            (from their mean without one) could grow and still no unit would have to move: from 1
+            on alignment changes nothing. Empty where the method does not ask.
+    """
+
+    state_dict: dict[str, Tensor]
+    permutations: tuple[Permutation, ...]
+    similarity: float
+    similarity_before: float
+    sweeps: int
+    margins: Mapping[str, float]
+
+    @property
+    def moved(self) -> int:
+        """Number of units that changed place, summed over the models."""
+        return sum(permutation.moved for permutation in self.permutations)
+
+
+def merge_many(
+    spec: PermutationSpec,
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    gauge: StateDict | None = None,
+    method: Method = "joint",
+) -> Merge:
+    """Permute N models into one basin and return their weighted mean.
+
+    Maximises `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, which is the same as minimising the
+    weighted variance around the merged model. Models that need no alignment are recognised by a
+    proof that takes no similarity matrix. The result does not depend on the order of the models,
+    but for the unit order.
+
+    Args:
+        spec: spec of all models.
+        state_dicts: the models, N >= 1; not changed.
+        weights: one weight a model (for example its number of training examples), any scale;
+            equal ones by default.
+        gauge: a state dict whose unit order the merged model shall take, for example the global
+            model of the last round; by default that of the heaviest model, of equal ones the
+            first.
+        method: who is matched to whom.
+            `"joint"`: all to the heaviest, then each in turn to the weighted mean of the others,
+            until nobody moves; where the first step is one down, from the models in pairs and as
+            they came instead, and the better result is taken;
+            `"reference"`: all to the heaviest;
+            `"hierarchical"`: in pairs, which are merged, then these in pairs, and so on;
+            `"textbook"`: each in turn to the weighted mean of the others, from the models as they
+            came, as in the paper.
+
+    Raises:
+        SpecError: a model does not fit the spec, or holds NaN or infinite weights.
+        ValueError: no models, bad weights, or an unknown method.
+
+    Source: Git Re-Basin, Algorithm 3 (MergeMany), with weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fl_rebasin import derive_spec
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> spec = derive_spec(net, torch.zeros(1, 4))
+        >>> copies = [spec.apply(spec.random(torch.Generator().manual_seed(i)), net.state_dict())
+        ...           for i in range(3)]
+        >>> merge = merge_many(spec, copies, weights=[1, 2, 3])
+        >>> bool(torch.allclose(merge.state_dict["0.weight"], copies[2]["0.weight"]))
+        True
+    """
+    shares = normalised(weights, len(state_dicts))
+    for place, state_dict in enumerate(state_dicts):
+        check_finite(spec, state_dict, f"model {place}")
+    if gauge is not None:
+        check_finite(spec, gauge, "gauge")
+    found = align_many(spec, state_dicts, weights, gauge, method=method)
+    merged = {}
+    for key, first in state_dicts[0].items():
+        values = (
+            spec.move(key, state_dict[key], permutation)
+            for state_dict, permutation in zip(state_dicts, found.permutations, strict=True)
+        )
+        merged[key] = weighted_mean(values, shares, first)
+    before, after = mean_similarities(spec, state_dicts, found.permutations, weights)
+    return Merge(
+        state_dict=like(state_dicts[0], merged),
+        permutations=found.permutations,
+        similarity=after,
+        similarity_before=before,
+        sweeps=found.sweeps,
+        margins=found.margins,
+    )

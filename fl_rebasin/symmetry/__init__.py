@@ -1,0 +1,1 @@
+"""What may be permuted in a model: derived from one traced run, and proved before it is used."""

@@ -1,0 +1,752 @@
+"""A run that breaks off and is resumed ends as one that never broke: bit for bit."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation, prepare
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedYogi,
+    MultiKrum,
+    Strategy,
+)
+from interrupted import (
+    NODES,
+    RANDOM_DEATHS,
+    aligned,
+    client,
+    everything,
+    interrupted,
+    net,
+    run,
+    template,
+)
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from fl_rebasin.flower import ReBasinStrategy, WrappedStrategy, load_checkpoint
+from fl_rebasin.flower.checkpoint import files
+from fl_rebasin.flower.checkpoint.codec import UnstorableError, decode, encode, fingerprint
+
+ROUNDS = 3
+HALF = {"fraction_train": 0.5}
+"""Two of four clients a round: which ones is drawn by Python's random state."""
+
+
+@pytest.fixture(autouse=True)
+def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(monkeypatch, caplog)
+
+
+class Restless(FedAvg):
+    """Keeps memories of all kinds, and tells its clients of them in the config."""
+
+    def __init__(self, shared: np.random.Generator) -> None:
+        super().__init__(**HALF)
+        self.shared = shared
+        self.python = random.Random(3)
+        self.torch = torch.Generator().manual_seed(3)
+        self.legacy = np.random.RandomState(3)
+        self.seen: dict[int, list[float]] = {}
+        self.half = torch.ones(2, dtype=torch.bfloat16)
+        self.nested: Any = None
+        self.scratch = 1
+        self.offset = 0.0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        drawn = [
+            self.shared.random(),
+            self.python.random(),
+            float(torch.rand((), generator=self.torch)),
+            float(self.legacy.normal()),
+        ]
+        self.seen[server_round] = drawn
+        self.half = self.half * 1.01
+        self.nested = (OrderedDict(b=np.asarray(drawn, dtype=">f4")), {1: arrays, "1": -0.0})
+        if server_round == 1:
+            self.offset = drawn[0] / 100
+        if server_round == 2:
+            del self.scratch
+        # Flower's own examples change the learning rate like this.
+        config["lr"] *= 0.5 + sum(sum(each) for each in self.seen.values()) / 100
+        config["lr"] += float(self.half.sum()) / 1e4 + self.offset
+        config["lr"] *= 2 if hasattr(self, "scratch") else 1
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+class Counting(WrappedStrategy):
+    """A wrapper with a memory, and a generator that it shares with what it wraps."""
+
+    def __init__(self, strategy: Strategy, shared: np.random.Generator) -> None:
+        super().__init__(strategy)
+        self.shared = shared
+        self.total = 0.0
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        self.total += self.shared.random()
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return arrays, MetricRecord({**(metrics or {}), "total": self.total})
+
+
+def restless() -> Strategy:
+    shared = np.random.default_rng(3)
+    return Counting(Restless(shared), shared)
+
+
+INNER: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": lambda: FedAvg(**HALF),
+    "FedAvgM": lambda: FedAvgM(**HALF, server_learning_rate=0.7, server_momentum=0.9),
+    "FedAdagrad": lambda: FedAdagrad(**HALF, eta=0.01),
+    "FedAdam": lambda: FedAdam(**HALF, eta=0.01),
+    "FedYogi": lambda: FedYogi(**HALF, eta=0.01),
+    "FedMedian": lambda: FedMedian(**HALF),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2),
+    "fixed(FedAvg)": lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.05, 0.1, 4),
+    "adaptive(FedAvgM)": lambda: DifferentialPrivacyServerSideAdaptiveClipping(
+        FedAvgM(server_momentum=0.9), 0.05, 4
+    ),
+    "client-adaptive(FedAdam)": lambda: DifferentialPrivacyClientSideAdaptiveClipping(
+        FedAdam(), 0.05, 4
+    ),
+    "fixed(adaptive(FedAvg))": lambda: DifferentialPrivacyServerSideFixedClipping(
+        DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 0.05, 4), 0.05, 0.1, 4
+    ),
+    "restless": restless,
+}
+
+
+class BreakError(Exception):
+    """The server breaks off."""
+
+
+def breaking_at(message_round: int) -> Federation:
+    """A federation whose server breaks when it sends for this time; each round it sends twice."""
+    world = Federation({node: client(node) for node in NODES})
+    sent = 0
+
+    def deliver(messages: Iterable[Message], *, timeout: float | None) -> list[Message]:
+        nonlocal sent
+        messages = list(messages)
+        if sent == message_round:
+            raise BreakError
+        sent += 1
+        return world.deliver(messages, timeout=timeout)
+
+    world.grid.send_and_receive.side_effect = deliver
+    return world
+
+
+def break_off(strategy: Strategy, message_round: int) -> None:
+    with pytest.raises(BreakError):
+        run(strategy, ROUNDS, breaking_at(message_round))
+
+
+def done(folder: Path, rounds: int = 2) -> Path:
+    """A folder with the checkpoints of a run."""
+    run(aligned(FedAdam(), folder), rounds)
+    return folder
+
+
+def resumed(folder: Path, rounds: int = ROUNDS, inner: Strategy | None = None, **options: Any):
+    return run(aligned(inner or FedAdam(), folder, resume=True, **options), rounds, seed=99)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def round_name(number: int) -> str:
+    return f"round-{number:06d}.safetensors"
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_run_broken_anywhere_ends_as_one_that_never_broke(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = everything(run(aligned(INNER[name]()), ROUNDS))
+    assert everything(run(aligned(INNER[name](), tmp_path / "whole"), ROUNDS)) == expected
+    for sent in range(2 * ROUNDS):
+        folder = tmp_path / str(sent)
+        break_off(aligned(INNER[name](), folder), sent)
+        assert len(names(folder)) == min(sent // 2, 3)
+        # Other seeds where a checkpoint is to bring the random state back.
+        strategy = aligned(INNER[name](), folder, resume=True)
+        result = run(strategy, ROUNDS, seed=99 if names(folder) else 7)
+        assert everything(result) == expected, f"broken at message {sent}"
+    assert not [r for r in caplog.records if "no checkpoint can hold" in r.getMessage()]
+
+
+def test_a_run_may_break_again_and_again(tmp_path: Path) -> None:
+    expected = everything(run(aligned(restless()), 6))
+    for number in range(1, 6):
+        strategy = aligned(restless(), tmp_path, resume=True, keep_checkpoints=1)
+        with pytest.raises(BreakError):
+            run(strategy, 6, breaking_at(3), seed=7 if number == 1 else number)
+        assert names(tmp_path) == [round_name(number)]
+    result = resumed(tmp_path, 6, restless())
+    assert everything(result) == expected
+
+
+def test_the_same_object_may_go_on(tmp_path: Path) -> None:
+    expected = everything(run(aligned(restless()), 4))
+    strategy = aligned(restless(), tmp_path, resume=True)
+    run(strategy, 2)
+    run(strategy, 3, seed=99)
+    # What did not change after the second start is in the last file all the same.
+    assert everything(resumed(tmp_path, 4, restless())) == expected
+
+
+def test_a_killed_run_ends_as_one_that_never_broke(tmp_path: Path) -> None:
+    rounds = 45
+    expected = everything(interrupted(tmp_path / "whole", rounds))
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    here = Path(__file__).parent
+    script = subprocess.run(
+        [sys.executable, str(here / "interrupted.py"), str(folder), str(rounds)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}:{here}"},
+        timeout=500,
+    )
+    assert script.returncode == 0, script.stderr[-3000:]
+    deaths = json.loads(script.stdout.splitlines()[-1])
+    assert len(deaths) == 21 + RANDOM_DEATHS, "all chosen moments, and those at random"
+    assert any("unfinished" in death for death in deaths)
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(expected))
+    assert names(folder) == ["result.json", round_name(rounds - 1), round_name(rounds)]
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    run(aligned(FedAdam(), tmp_path, keep_checkpoints=2), 5)
+    assert names(tmp_path) == [round_name(4), round_name(5)]
+
+
+def test_true_round_numbers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = []
+
+    class Listening(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            told.append(("train", server_round))
+            return super().aggregate_train(server_round, replies)
+
+        def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> Any:
+            told.append(("evaluate", server_round))
+            return super().aggregate_evaluate(server_round, replies)
+
+    strategy = aligned(Listening(), tmp_path)
+    run(strategy, 2)
+    told.clear()
+    caplog.clear()
+    world = Federation({node: client(node) for node in NODES})
+    result = run(aligned(Listening(), tmp_path, resume=True), 4, world)
+    assert told == [("train", 3), ("evaluate", 3), ("train", 4), ("evaluate", 4)]
+    configs = [message.content.config_records["config"] for message in world.sent]
+    assert {config["server-round"] for config in configs[: 2 * len(NODES)]} <= {3, 4}
+    assert "this is round 3 of 4" in caplog.messages
+    assert f"2 of 4 rounds are done: resumed from the checkpoints in {tmp_path}" in caplog.messages
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert list(result.evaluate_metrics_clientapp) == [1, 2, 3, 4]
+    assert list(result.evaluate_metrics_serverapp) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_when_all_rounds_are_done_nothing_runs(
+    rounds: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = everything(run(aligned(FedAdam(), tmp_path), 2))
+    world = breaking_at(0)
+    strategy = aligned(FedAdam(), tmp_path, resume=True)
+    caplog.clear()
+    assert everything(run(strategy, rounds, world)) == expected
+    (line,) = caplog.messages
+    assert f"2 of {rounds} rounds are done" in line
+
+
+def test_without_rounds_the_initial_model_is_evaluated(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        result = run(aligned(FedAdam(), folder), 0)
+        assert list(result.evaluate_metrics_serverapp) == [0]
+        assert len(result.arrays) == 0
+
+
+def test_rounds_that_aggregate_nothing_leave_no_model(tmp_path: Path) -> None:
+    def idle() -> Strategy:
+        return FedAvg(fraction_train=0.0)
+
+    assert len(run(aligned(idle(), tmp_path), 1).arrays) == 0
+    result = resumed(tmp_path, 2, idle())
+    assert len(result.arrays) == 0
+    assert load_checkpoint(tmp_path / round_name(2)).aggregated is False
+
+
+def test_without_evaluate_fn(tmp_path: Path) -> None:
+    world = Federation({node: client(node) for node in NODES})
+    initial = ArrayRecord(template().model.state_dict())
+    result = aligned(FedAvg(), tmp_path).start(world.grid, initial, 1)
+    assert result.evaluate_metrics_serverapp == {}
+    result = aligned(FedAvg(), tmp_path, resume=True).start(world.grid, initial, 2)
+    assert result.evaluate_metrics_serverapp == {}
+    assert list(result.train_metrics_clientapp) == [1, 2]
+
+
+def test_arguments_of_the_resumed_run_are_its_own(tmp_path: Path) -> None:
+    done(tmp_path)
+    inner = FedAdam(eta=0.5, fraction_train=0.5)
+    resumed(tmp_path, inner=inner)
+    assert (inner.eta, inner.fraction_train) == (0.5, 0.5)
+    assert inner.m_t is not None
+
+
+def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    result = run(aligned(FedAdam(), folder), 2)
+    found = load_checkpoint(folder / round_name(2))
+    assert found.round == 2
+    assert list(found.arrays) == list(template().model.state_dict())
+    for key, array in result.arrays.items():
+        assert found.arrays[key] == array, key
+    assert found.arrays["1.num_batches_tracked"].shape == ()
+    assert repr(found.train_metrics_clientapp) == repr(result.train_metrics_clientapp)
+    assert repr(found.evaluate_metrics_serverapp) == repr(result.evaluate_metrics_serverapp)
+    stored = load_file(folder / round_name(2))
+    for key, array in result.arrays.items():
+        np.testing.assert_array_equal(stored[f"model/{key}"], array.numpy())
+        assert stored[f"model/{key}"].dtype == np.dtype(array.dtype)
+
+
+# What cannot be stored.
+
+
+class Ledger:
+    """Counts, and is of no type that is known."""
+
+    def __init__(self) -> None:
+        self.entries = [0]
+
+
+class WithLedger(FedAvg):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self.untouched = Ledger()
+        self.function: Callable[[], int] = lambda: 1
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        self.ledger.entries[0] += 1
+        if server_round > 1:
+            self.function = lambda: 2
+        return super().aggregate_train(server_round, replies)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_what_cannot_be_stored_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [
+        "no checkpoint can hold WithLedger.ledger (Ledger): after a resume it starts anew",
+        "no checkpoint can hold WithLedger.function (function): after a resume it starts anew",
+    ]
+    run(aligned(WithLedger(), tmp_path), 3)
+    assert warnings_of(caplog) == expected
+    caplog.clear()
+    inner = WithLedger()
+    resumed(tmp_path, 5, inner)
+    assert sorted(warnings_of(caplog)) == sorted(expected)
+    assert inner.ledger.entries == [2]
+
+
+# Folders that are not as they should be.
+
+
+def test_checkpoints_are_not_passed_over_silently(tmp_path: Path) -> None:
+    done(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(ValueError, match=r"newest is round-000002.*resume=True.*another") as error:
+        run(aligned(FedAdam(), tmp_path), 3, breaking_at(0))
+    assert str(tmp_path) in str(error.value)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+
+
+def test_resume_without_checkpoint_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = everything(run(aligned(FedAdam()), 2))
+    result = run(aligned(FedAdam(), tmp_path / "new", resume=True), 2)
+    assert everything(result) == expected
+    assert f"no checkpoint in {tmp_path / 'new'}: starting at round 1" in caplog.messages
+
+
+def test_what_was_left_half_written_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / (round_name(9) + ".unfinished")
+    other = tmp_path / "notes.unfinished"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    run(aligned(FedAdam(), tmp_path), 1)
+    assert names(tmp_path) == [other.name, round_name(1)]
+
+
+def _with_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """Write a file anew whose content is well formed, with a digest that fits."""
+    with files.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+    text = json.dumps(change(json.loads(metadata["content"])))
+    digest = files.digest_of(text, arrays)
+    save_file(arrays, path, {**metadata, "content": text, "digest": digest})
+
+
+def _with_metadata(path: Path, **changes: str) -> None:
+    with files.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, {**metadata, **changes})
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 100), "cannot be read"),
+    "truncated head": (lambda path: os.truncate(path, 500), "cannot be read"),
+    "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot be read"),
+    "garbage": (lambda path: path.write_bytes(random.Random(1).randbytes(9999)), "cannot be read"),
+    "a bit": (_flipped, "does not fit its digest"),
+    "no metadata": (lambda path: save_file(load_file(path), path), "format None"),
+    "version": (lambda path: _with_metadata(path, format="fl_rebasin.checkpoint/9"), "reads fl_"),
+    "content": (lambda path: _with_metadata(path, content="{}"), "does not fit its digest"),
+    "no JSON": (lambda path: _with_metadata(path, content="{", digest=files.digest_of(
+        "{", load_file(path))), "double quotes"),
+    "other JSON": (lambda path: _with_json(path, lambda content: []), "cannot be read"),
+    "missing field": (lambda path: _with_json(
+        path, lambda content: {k: v for k, v in content.items() if k != "model"}), "model"),
+    "unknown node": (lambda path: _with_json(
+        path, lambda content: {**content, "memory": {"surprise": 1}}), "surprise"),
+    "other round": (lambda path: _with_json(
+        path, lambda content: {**content, "round": 7}), "holds round 7"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_instead_of_a_damaged_file_the_one_before_is_taken(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = everything(run(aligned(FedAdam()), ROUNDS))
+    done(tmp_path, 3)
+    harm, words = DAMAGES[damage]
+    harm(tmp_path / round_name(3))
+    if damage == "folder":
+        strategy = aligned(FedAdam(), tmp_path, resume=True)
+        with pytest.raises(OSError, match="round 3 could not be written"):
+            run(strategy, ROUNDS)
+        (tmp_path / round_name(3)).rmdir()
+    assert everything(resumed(tmp_path)) == expected
+    if damage != "folder":
+        (warning,) = warnings_of(caplog)
+        assert "passed over" in warning
+        assert round_name(3) in warning
+        assert words in warning
+    assert load_checkpoint(tmp_path / round_name(3)).round == 3
+
+
+def test_with_all_damaged_it_says_so(tmp_path: Path) -> None:
+    done(tmp_path)
+    for name in names(tmp_path):
+        os.truncate(tmp_path / name, 100)
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints.*move them away"):
+        resumed(tmp_path)
+
+
+def test_damaged_files_of_later_rounds_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    done(tmp_path, 3)
+    for number in (2, 3):
+        os.truncate(tmp_path / round_name(number), 100)
+    strategy = aligned(FedAdam(), tmp_path, resume=True, keep_checkpoints=1)
+    with pytest.raises(BreakError):
+        run(strategy, ROUNDS, breaking_at(2))
+    assert load_checkpoint(tmp_path / round_name(2)).round == 2
+    assert everything(resumed(tmp_path)) == everything(run(aligned(FedAdam()), ROUNDS))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: nn.Linear(3, 6), r" weight is missing there, float32 \(6, 3\) in"),
+        (lambda: net()[:3], r"3\.weight is float32 \(2, 6\) there, missing in"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),
+            r"0\.weight is float32 \(6, 3\) there, float32 \(8, 3\) in",
+        ),
+        (lambda: net().double(), r"0\.weight is float32 \(6, 3\) there, float64 \(6, 3\) in"),
+        (lambda: nn.Sequential(*net(), nn.Linear(2, 2)), r"4\.weight is missing there, float32"),
+    ],
+)
+def test_another_architecture_is_refused(
+    other: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    done(tmp_path)
+    strategy = aligned(FedAdam(), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=words + r".*use the model.*another checkpoint_dir"):
+        strategy.start(breaking_at(0).grid, ArrayRecord(other().state_dict()), 3)
+
+
+def test_another_order_of_keys_is_refused(tmp_path: Path) -> None:
+    done(tmp_path)
+    state = dict(reversed(net().state_dict().items()))
+    strategy = aligned(FedAdam(), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"0\.weight where the initial model has 3\.bias; use"):
+        strategy.start(breaking_at(0).grid, ArrayRecord(state), 3)
+
+
+def test_other_strategies_are_refused(tmp_path: Path) -> None:
+    done(tmp_path)
+    words = "ReBasinStrategy around FedAdam, these are ReBasinStrategy around FedYogi.*use the same"
+    with pytest.raises(ValueError, match=words):
+        resumed(tmp_path, inner=FedYogi())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"resume": True}, "resume=True needs checkpoint_dir"),
+        ({"checkpoint_dir": "here", "keep_checkpoints": 0}, "keep_checkpoints is 0: at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ReBasinStrategy(model=net(), example_inputs=torch.zeros(2, 3), **options)
+
+
+def test_options_are_taken(tmp_path: Path) -> None:
+    strategy = ReBasinStrategy(
+        model=net(), example_inputs=torch.zeros(2, 3), recalibrate_batchnorm=False,
+        checkpoint_dir=str(tmp_path), keep_checkpoints=1,
+    )  # fmt: skip
+    run(strategy, 2)
+    assert names(tmp_path) == [round_name(2)]
+
+
+def test_another_strategy_around_it_would_write_nothing(tmp_path: Path) -> None:
+    outer = DifferentialPrivacyServerSideFixedClipping(aligned(FedAvg(), tmp_path), 0.1, 1.0, 4)
+    with pytest.raises(ValueError, match="make it the outermost strategy"):
+        run(outer, 1)
+    assert names(tmp_path) == []
+
+
+# Writing that fails.
+
+
+def _fails(code: int) -> Callable[..., None]:
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes half of the file."""
+    true_open = builtins.open
+
+    def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = true_open(path, mode, *args, **options)
+        if "unfinished" not in str(path):
+            return file
+
+        class Half:
+            def __enter__(self) -> Half:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                file.close()
+
+            def write(self, data: bytes) -> None:
+                file.write(data[: len(data) // 2])
+                _fails(errno.ENOSPC)()
+
+        return Half()
+
+    monkeypatch.setattr(builtins, "open", opened)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_full_disk, "No space left"),
+        (lambda patch: patch.setattr(os, "replace", _fails(errno.EACCES)), "Permission denied"),
+        (lambda patch: patch.setattr(os, "fsync", _fails(errno.EIO)), "Input/output error"),
+    ],
+)
+def test_writing_that_fails_leaves_the_earlier_ones(
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        expected = rf"checkpoint of round 3 could not be written .*{words}.*as they were.*resume"
+        with pytest.raises(OSError, match=expected):
+            resumed(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    assert everything(resumed(tmp_path)) == everything(run(aligned(FedAdam()), ROUNDS))
+
+
+# Values.
+
+
+VALUES: dict[str, Any] = {
+    "plain": [None, True, 0, -(2**200), 1.5, -0.0, math.nan, math.inf, -math.inf, "a\udc80é",
+              b"\0"],
+    "containers": ([1, (2.0, [])], {}, {1: "int", "1": "str"}, OrderedDict(b=1, a=2), ()),
+    "arrays": [
+        *(np.arange(6).reshape(2, 3).astype(dtype) for dtype in (
+            "?", "i1", "u8", "f2", "f4", "f8", "c8", "c16", "g", ">f4", "<M8[s]", "U3", "S2")),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(12.0)[::2],
+        np.array(3, dtype=np.int64),
+        np.zeros((0, 3), np.float32),
+        np.array([np.nan, -0.0]),
+    ],
+    "scalars": [np.float32(0.1), np.int8(3), np.bool_(True), np.float64("nan")],
+    "tensors": [
+        *(torch.arange(6).reshape(2, 3).to(dtype) for dtype in (
+            torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+            torch.complex64)),
+        torch.tensor(2.0),
+        torch.zeros(0, 3),
+        torch.arange(6.0).reshape(2, 3).T,
+    ],
+    "records": [
+        ArrayRecord({"b": Array(np.ones(2)), "a": Array(np.array(1))}),
+        ArrayRecord({"odd": Array("float32", (2,), "other", b"12345678")}),
+        MetricRecord({"b": [1, 2], "a": 1.0}),
+        ConfigRecord({"b": b"12", "a": True, "c": ["x"]}),
+        ArrayRecord(),
+    ],
+    "generators": [
+        random.Random(1),
+        *(np.random.Generator(getattr(np.random, bits)(1)) for bits in (
+            "MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")),
+        np.random.RandomState(1),
+        torch.Generator().manual_seed(1),
+    ],
+}  # fmt: skip
+
+
+def drawn(generator: Any) -> Any:
+    match generator:
+        case random.Random():
+            return [generator.random(), generator.gauss()]
+        case torch.Generator():
+            return torch.rand(3, generator=generator).tolist()
+    return generator.normal(size=3).tolist()
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, np.ndarray):
+        assert (left.dtype, left.shape, left.tobytes()) == (
+            right.dtype,
+            right.shape,
+            right.tobytes(),
+        )
+        assert np.isfortran(left) == np.isfortran(right)
+        assert left.flags.writeable
+    elif isinstance(left, torch.Tensor):
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert left.tolist() == right.tolist()
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_equal(*pair)
+    elif isinstance(left, dict):
+        assert_equal(list(left.items()), list(right.items()))
+    elif isinstance(left, (random.Random, np.random.Generator, np.random.RandomState,
+                           torch.Generator)):  # fmt: skip
+        assert drawn(left) == drawn(right)
+    else:
+        assert repr(left) == repr(right)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    done = files.Checkpoint(1, ArrayRecord(), memory={"value": VALUES[name]})
+    found = load_checkpoint(files.save_checkpoint(tmp_path, done, 1))
+    assert_equal(found.memory["value"], VALUES[name])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1, 2}, object(), [Ledger()], {1.5: 1}, lambda: 1, np.array([None]), nn.Linear(1, 1),
+        nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True), np.ma.masked_array([1]),
+        np.zeros(1, [("a", "f4")]), type("Sub", (int,), {})(1), torch.ones(1).to_sparse(),
+        random.SystemRandom(), nn.Parameter(torch.ones(1), requires_grad=False),
+    ],
+)  # fmt: skip
+def test_other_values_cannot_be_stored(value: Any) -> None:
+    with pytest.raises(UnstorableError):
+        encode([value], {}, "")
+
+
+def test_a_fingerprint_changes_with_what_cannot_be_stored() -> None:
+    ledger = Ledger()
+    held: list[Any] = [
+        ledger, nn.Linear(2, 2), {1, 2}, lambda: 1, torch.ones(2).to_sparse(),
+        np.zeros(1, [("a", "f4")]), np.array([None]), np.ma.masked_array([1]), Path("here"),
+    ]  # fmt: skip
+    held.append(held)
+    before = fingerprint(held)
+    assert fingerprint(held) == before
+    ledger.entries[0] = 5
+    after = fingerprint(held)
+    assert after != before
+    with torch.no_grad():
+        held[1].bias[0] += 1
+    last = fingerprint(held)
+    assert last != after
+    held[5]["a"] += 1
+    assert fingerprint(held) != last
+
+
+def test_decoded_arrays_share_nothing() -> None:
+    arrays: dict[str, Any] = {}
+    value = np.arange(3.0)
+    node = encode(value, arrays, "a")
+    first, second = decode(node, arrays), decode(node, arrays)
+    first += 1
+    np.testing.assert_array_equal(second, [0, 1, 2])
+    np.testing.assert_array_equal(value, [0, 1, 2])
