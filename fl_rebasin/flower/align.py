@@ -15,7 +15,13 @@ from flwr.supercore import log
 from fl_rebasin.flower.matching import match_on_clients
 from fl_rebasin.flower.replies import ClientModel
 from fl_rebasin.matching.certificate import Reference
-from fl_rebasin.matching.many import align_many, all_still, heaviest, into_gauge, mean_similarities
+from fl_rebasin.matching.many import (
+    align_many,
+    all_identity,
+    heaviest,
+    mean_similarities,
+    restore_unit_order,
+)
 from fl_rebasin.matching.objective import weights_of
 from fl_rebasin.matching.weights import match_to, match_weights
 from fl_rebasin.state_dicts import StateDict
@@ -67,16 +73,18 @@ class Aligner:
         if self.align_to == "global":
             orders = [self.to_global(client) for client in clients]
         else:
-            found = align_many(self.spec, models, weights, self.gauge)
+            found = align_many(self.spec, models, weights, unit_order_of=self.gauge)
             orders, sweeps = list(found.permutations), found.sweeps
             own["rebasin-margin"] = min(found.margins.values(), default=1.0)
-        if self.matching != "weights" and not all_still(orders) and self.grid is not None:
+        if self.matching != "weights" and not all_identity(orders) and self.grid is not None:
             matched, asked = self._match_on_clients(clients, self.grid)
             own |= asked
             if self.matching == "activations-then-weights":
-                found = align_many(self.spec, models, weights, self.gauge, matched)
+                found = align_many(
+                    self.spec, models, weights, unit_order_of=self.gauge, start=matched
+                )
             else:
-                found = into_gauge(self.spec, models, weights, matched, self.gauge)
+                found = restore_unit_order(self.spec, models, weights, matched, self.gauge)
             orders, sweeps = list(found.permutations), sweeps + found.sweeps
         units = sum(permutation.moved for permutation in orders)
         if own.get("rebasin-margin", 0.0) < 1:
@@ -128,8 +136,10 @@ class Aligner:
         if len(clients) > 2:
             models = [client.state_dict for client in clients]
             weights = [client.weight for client in clients]
-            found = align_many(self.spec, models, weights, self.gauge, method="reference")
+            found = align_many(
+                self.spec, models, weights, unit_order_of=self.gauge, method="reference"
+            )
             to_heaviest = list(found.permutations)
-            if to_heaviest != list(orders) and not all_still(to_heaviest):
+            if to_heaviest != list(orders) and not all_identity(to_heaviest):
                 others["reference"] = to_heaviest
         return others

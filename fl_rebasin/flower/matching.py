@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from logging import INFO
 from typing import Literal, cast, get_args
@@ -16,7 +15,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.arrays import read_array, read_head
-from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
+from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.straight_through import match_straight_through
 from fl_rebasin.state_dicts import StateDict
@@ -48,18 +47,23 @@ def add_matching_handler(app: ClientApp, load: LoadFn) -> None:
     def match(message: Message, context: Context) -> Message:
         model, batches = load(context)
         records = message.content.array_records
-        reference = loaded(copy.deepcopy(model), records["reference"])
-        own = loaded(model, records["own"])
+        reference = records["reference"].to_torch_state_dict()
+        own = records["own"].to_torch_state_dict()
         config = message.content.config_records["config"]
-        spec = spec_from_json(cast(str, config["spec"]), own)
+        spec = spec_from_json(cast(str, config["spec"]), model)
         method = cast(ClientMethod, config["method"])
-        permutation = match_on_data(spec, reference, own, batches, method)
+        permutation = match_on_data(spec, model, reference, own, batches, method)
         indices = {name: Array(index.numpy()) for name, index in permutation.indices.items()}
         return Message(RecordDict({"permutation": ArrayRecord(indices)}), reply_to=message)
 
 
 def match_on_data(
-    spec: PermutationSpec, reference: nn.Module, own: nn.Module, batches: object, method: str
+    spec: PermutationSpec,
+    model: nn.Module,
+    reference: StateDict,
+    own: StateDict,
+    batches: object,
+    method: str,
 ) -> Permutation:
     """Match a model to a reference by one of the methods that need data."""
     if method not in get_args(ClientMethod):
@@ -68,9 +72,9 @@ def match_on_data(
         pairs = list(batches)  # type: ignore[call-overload]
         if pairs and not (isinstance(pairs[0], (tuple, list)) and len(pairs[0]) == 2):
             raise ValueError("straight-through matching needs batches of inputs and labels")
-        start = match_activations(spec, reference, own, pairs).permutation
-        return match_straight_through(spec, reference, own, pairs, start=start).permutation
-    return match_activations(spec, reference, own, batches).permutation  # type: ignore[arg-type]
+        start = match_activations(spec, model, reference, own, pairs).permutation
+        return match_straight_through(spec, model, reference, own, pairs, start=start).permutation
+    return match_activations(spec, model, reference, own, batches).permutation  # type: ignore[arg-type]
 
 
 def match_on_clients(

@@ -38,7 +38,7 @@ from fl_rebasin.flower.replies import (
 )
 from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
-from fl_rebasin.matching.many import all_still
+from fl_rebasin.matching.many import all_identity
 from fl_rebasin.matching.objective import check_finite
 from fl_rebasin.merging.heads import last_layer
 from fl_rebasin.merging.least_squares import MAX_FEATURES, plan
@@ -308,7 +308,7 @@ class ReBasinStrategy(WrappedStrategy):
             return self._nothing(server_round, inbox, len(clients))
         own["rebasin-dropped"] = inbox.dropped
         candidates = {"aligned": orders}
-        if self.guard and not all_still(orders):
+        if self.guard and not all_identity(orders):
             candidates |= self._aligner.alternatives(clients, orders)
         finisher = self._finisher
         counts = finisher.counts(clients)

@@ -17,8 +17,8 @@ from fl_rebasin import interpolate, recalibrate_batchnorm
 from fl_rebasin.metrics import (
     LAMBDAS,
     accuracy,
+    barrier_of,
     expected_calibration_error,
-    height,
     log_loss,
 )
 
@@ -119,7 +119,7 @@ def curve(
         "lambdas": lambdas,
         "losses": losses,
         "accuracies": accuracies,
-        "loss": height(losses),
-        "accuracy": height([1 - value for value in accuracies]),
+        "loss": barrier_of(losses),
+        "accuracy": barrier_of([1 - value for value in accuracies]),
         "images": len(labels),
     }
