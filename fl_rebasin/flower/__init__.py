@@ -5,7 +5,7 @@ from fl_rebasin.flower.batchnorm import (
     add_batchnorm_handler,
     recalibrate_on_clients,
 )
-from fl_rebasin.flower.checkpoint.files import Checkpoint, load_checkpoint
+from fl_rebasin.flower.checkpoint import Checkpoint, Checkpointed, load_checkpoint
 from fl_rebasin.flower.guard import add_guard_handler
 from fl_rebasin.flower.handlers import add_rebasin_handlers
 from fl_rebasin.flower.least_squares import add_least_squares_handler
@@ -17,6 +17,7 @@ from fl_rebasin.flower.wrapper import WrappedStrategy
 __all__ = [
     "BatchNormRecalibration",
     "Checkpoint",
+    "Checkpointed",
     "ReBasinStrategy",
     "WrappedStrategy",
     "add_batchnorm_handler",

@@ -8,33 +8,31 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.flower.align import Aligner, AlignTo, Matching, Metrics
-from fl_rebasin.flower.checkpoint.checkpointed import Checkpointed, EvaluateFn, check_options
 from fl_rebasin.flower.finishing import Finisher, LeastSquares
 from fl_rebasin.flower.guard import choose_on_clients
-from fl_rebasin.flower.lazy_grid import OneByOne
+from fl_rebasin.flower.lazy_grid import LazyGrid
 from fl_rebasin.flower.replies import (
     MAX_EXAMPLES,
     ClientModel,
     Inbox,
-    alike,
     all_finite,
-    as_it_came,
-    good_evaluations,
+    have_usual_records,
     like_global,
-    tell_dropped,
-    with_model,
+    log_dropped,
+    reply_with_model,
+    unchanged_reply,
+    valid_evaluations,
 )
 from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
@@ -95,12 +93,6 @@ class ReBasinStrategy(WrappedStrategy):
             clients evaluate them on held-back data, and keep the best by the example-weighted
             loss, each at the temperature that suits it. The wrapped strategy aggregates once for
             each; it keeps the state of the one that is chosen.
-        checkpoint_dir: a folder; after each round one file goes there that holds all that the
-            server needs to go on: model, state of the wrapped strategies, metrics, random state
-            (of `random`, NumPy and PyTorch on the CPU). What clients keep is theirs.
-        keep_checkpoints: how many of the newest stay.
-        resume: let `start` go on after the newest checkpoint in the folder, or begin if there is
-            none. The result is that of a run without a break.
 
     Attributes:
         spec: the permutation spec of the model.
@@ -129,7 +121,7 @@ class ReBasinStrategy(WrappedStrategy):
         {'0': 8}
     """
 
-    of_one_round = frozenset({"_aligner", "_arrays", "_grid"})
+    transient = frozenset({"_aligner", "_arrays", "_grid"})
 
     def __init__(
         self,
@@ -147,12 +139,8 @@ class ReBasinStrategy(WrappedStrategy):
         min_replies: int = 1,
         max_examples: float = MAX_EXAMPLES,
         max_update_norm: float | None = None,
-        checkpoint_dir: str | Path | None = None,
-        keep_checkpoints: int = 3,
-        resume: bool = False,
     ) -> None:
         super().__init__(strategy)
-        check_options(checkpoint_dir, keep_checkpoints, resume)
         for name, value, known in (
             ("matching", matching, get_args(Matching)),
             ("least_squares", least_squares, get_args(LeastSquares)),
@@ -178,10 +166,6 @@ class ReBasinStrategy(WrappedStrategy):
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.label_counts = label_counts
         self.guard = guard
-        self.checkpoint_dir = checkpoint_dir
-        self.keep_checkpoints = keep_checkpoints
-        self.resume = resume
-        self._writes_checkpoints = False
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
         limit = 0 if least_squares == "rescaling" else max_features
         self._steps = plan(model, example_inputs, limit) if least_squares != "none" else []
@@ -198,37 +182,9 @@ class ReBasinStrategy(WrappedStrategy):
         self._grid: Grid | None = None
         self._aligner: Aligner | None = None
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run all rounds, as Flower's strategies do; with checkpoints if there is a folder.
-
-        Replies are let go as soon as they are read.
-
-        Raises:
-            ValueError: the folder holds checkpoints and `resume` is off, or they do not fit.
-            OSError: a checkpoint cannot be written.
-        """
-        grid = OneByOne(grid, lazy=self._streams)
-        run = super().start
-        if self.checkpoint_dir is not None:
-            folder = Path(self.checkpoint_dir)
-            run = Checkpointed(self, folder, self.keep_checkpoints, resume=self.resume).start
-        self._writes_checkpoints = self.checkpoint_dir is not None
-        try:
-            return run(
-                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
-                evaluate_fn,
-            )  # fmt: skip
-        finally:
-            self._writes_checkpoints = False
+    def grid_for_rounds(self, grid: Grid) -> Grid:
+        """Return a grid that releases each reply once it is read."""
+        return LazyGrid(grid, lazy=self._streams)
 
     @property
     def _streams(self) -> bool:
@@ -267,13 +223,7 @@ class ReBasinStrategy(WrappedStrategy):
         Raises:
             SpecError: the global model is not of the architecture that the spec was derived from,
                 or holds NaN or infinite values.
-            ValueError: another strategy's `start` runs the rounds, which writes no checkpoints.
         """
-        if self.checkpoint_dir is not None and not self._writes_checkpoints:
-            raise ValueError(
-                "checkpoint_dir needs the rounds to be run by the start() of ReBasinStrategy: make "
-                "it the outermost strategy, or leave checkpoint_dir out"
-            )
         gauge = arrays.to_torch_state_dict()
         check_finite(self.spec, gauge, "global model")
         self._arrays = arrays
@@ -294,7 +244,7 @@ class ReBasinStrategy(WrappedStrategy):
         if self._streams:
             return self._stream(server_round, inbox, replies)
         clients = list(inbox.read(replies))
-        clients = inbox.kept(clients, alike([client.reply for client in clients]))
+        clients = inbox.kept(clients, have_usual_records([client.reply for client in clients]))
         # What is far away at first sight has no say in how the others are aligned.
         clients = inbox.kept(clients, [self._is_near(client, None) for client in clients])
         orders: list[Permutation] = []
@@ -347,7 +297,7 @@ class ReBasinStrategy(WrappedStrategy):
         """As the wrapped strategy, without the replies that are no good."""
         key = getattr(levels(self.strategy)[-1], "weighted_by_key", None)
         return super().aggregate_evaluate(
-            server_round, good_evaluations(replies, key, self.max_examples)
+            server_round, valid_evaluations(replies, key, self.max_examples)
         )
 
     def _nothing(
@@ -414,7 +364,7 @@ class ReBasinStrategy(WrappedStrategy):
             return True
         most = f"at most {self.max_update_norm:.4g} is allowed"
         least = "at least " if permutation is None else ""
-        tell_dropped(client.reply, f"its update has norm {least}{squares**0.5:.4g}, {most}")
+        log_dropped(client.reply, f"its update has norm {least}{squares**0.5:.4g}, {most}")
         return False
 
     def _remade(
@@ -431,14 +381,14 @@ class ReBasinStrategy(WrappedStrategy):
         for place, (client, permutation) in enumerate(zip(clients, orders, strict=True)):
             model: StateDict = client.state_dict
             if permutation.is_identity:
-                remade.append(as_it_came(client, self._arrays))
+                remade.append(unchanged_reply(client, self._arrays))
             else:
                 moved = (
                     (key, self.spec.move(key, client.state_dict[key], permutation))
                     for key in self._arrays
                 )
                 model = dict(moved) if again else {}
-                remade.append(with_model(client, model.items() if again else moved))
+                remade.append(reply_with_model(client, model.items() if again else moved))
             if again:
                 models[client.node] = model
             elif last:

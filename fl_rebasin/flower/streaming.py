@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
-from fl_rebasin.flower.replies import ClientModel, alike
+from fl_rebasin.flower.replies import ClientModel, have_usual_records
 from fl_rebasin.state_dicts import StateDict
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
@@ -70,7 +70,7 @@ class RunningMean:
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
         """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
         assert isinstance(strategy, FedAvg)
-        usual = alike(self._replies)
+        usual = have_usual_records(self._replies)
         contents = [reply.content for reply, kept in zip(self._replies, usual, strict=True) if kept]
         metrics = strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
         record = ArrayRecord()
