@@ -16,12 +16,10 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fl_rebasin.flower.arrays import read_head, read_tensor
+from fl_rebasin.flower.limits import MAX_EXAMPLES
 from fl_rebasin.flower.questions import printable, reason
 from fl_rebasin.state_dicts import StateDict, is_finite
 from fl_rebasin.symmetry.spec import PermutationSpec
-
-MAX_EXAMPLES = 1e15
-"""More examples than any client can have: a reply above it is dropped, unless told otherwise."""
 
 MAX_VALUE = 1e60
 """No parameter is as large; beyond it sums of products overflow even in float64."""

@@ -43,20 +43,19 @@ class RunningMean:
         arrays: the global model, for keys and dtypes.
 
     Attributes:
-        nodes: who was added.
+        replies: the reply of each node whose model was added, without the model.
     """
 
     def __init__(self, arrays: ArrayRecord) -> None:
-        self.nodes: list[int] = []
+        self.replies: dict[int, Message] = {}
         self._arrays = arrays
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._weight = 0.0
-        self._replies: list[Message] = []
 
     @property
     def count(self) -> int:
         """How many models were added."""
-        return len(self.nodes)
+        return len(self.replies)
 
     def add(self, client: ClientModel, model: StateDict) -> None:
         """Add a client's model; of its reply only the metrics are kept."""
@@ -64,14 +63,14 @@ class RunningMean:
             part = client.weight * value.double().numpy()
             self._sums[key] = self._sums[key] + part if key in self._sums else part
         self._weight += client.weight
-        self.nodes.append(client.node)
-        self._replies.append(client.reply)
+        self.replies[client.node] = client.reply
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
         """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
         assert isinstance(strategy, FedAvg)
-        usual = have_usual_records(self._replies)
-        contents = [reply.content for reply, kept in zip(self._replies, usual, strict=True) if kept]
+        replies = list(self.replies.values())
+        usual = have_usual_records(replies)
+        contents = [reply.content for reply, kept in zip(replies, usual, strict=True) if kept]
         metrics = strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
         record = ArrayRecord()
         for key, like in self._arrays.items():
@@ -80,7 +79,7 @@ class RunningMean:
             exact = np.dtype(like.dtype).kind != "f"
             record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
         # Of the client whose message this was nothing else goes in.
-        reply = copy.copy(self._replies[-1])
+        reply = copy.copy(replies[-1])
         reply.content = RecordDict(
             {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}
         )

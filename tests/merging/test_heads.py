@@ -178,7 +178,7 @@ def test_a_last_layer_whose_weight_is_not_its_own_is_refused() -> None:
     with pytest.raises(ValueError, match="a weight of its own: 1 shares or computes its weight"):
         last_layer(tied, torch.zeros(2, dtype=torch.int64))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    with pytest.raises(ValueError, match="a weight of its own, 0 shares or computes it"):
+    with pytest.raises(ValueError, match="a weight of its own: 0 shares or computes its weight"):
         last_layer(normed, torch.zeros(2, 4))
 
 
