@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO
 from typing import cast
 
 import numpy as np
@@ -17,10 +20,13 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore import log
 from numpy.typing import NDArray
 
-from fl_rebasin.flower.replies import ClientModel, have_usual_records
+from fl_rebasin.flower.replies import ClientModel, Inbox, have_usual_records
+from fl_rebasin.flower.round import Round
 from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.symmetry.spec import Permutation
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 
@@ -84,3 +90,40 @@ class RunningMean:
             {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}
         )
         return reply, metrics
+
+
+def sum_one_by_one(
+    current: Round,
+    inbox: Inbox,
+    replies: Iterable[Message],
+    align_one: Callable[[Round, ClientModel], Permutation],
+    is_near: Callable[[ClientModel, Permutation], bool],
+) -> tuple[RunningMean, dict[str, float | int]]:
+    """Align each reply as it arrives, and add it up; one client's model exists at a time.
+
+    Args:
+        current: the round.
+        inbox: reads the replies.
+        replies: the replies, which may arrive one by one.
+        align_one: returns the permutation of a model.
+        is_near: whether an aligned model is within the limits.
+
+    Returns:
+        The mean of the aligned models, and the round's metrics.
+    """
+    started = time.perf_counter()
+    mean = RunningMean(current.arrays)
+    units = 0
+    for client in inbox.read(replies):
+        permutation = align_one(current, client)
+        if inbox.kept([client], [is_near(client, permutation)]):
+            mean.add(client, current.spec.apply(permutation, client.state_dict))
+            units += permutation.moved
+        del client  # Before the next one is read.
+    seconds = time.perf_counter() - started
+    log(INFO, "aligned %s models one by one: %s units moved, %.2f s", mean.count, units, seconds)
+    return mean, {
+        "rebasin-units-moved": units,
+        "rebasin-seconds": seconds,
+        "rebasin-dropped": inbox.dropped,
+    }
