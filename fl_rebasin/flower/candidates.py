@@ -11,10 +11,10 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fl_rebasin.flower.aggregation import aggregate, copy_of
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.finishing import Finishing
 from fl_rebasin.flower.replies import ClientModel, reply_with_model, unchanged_reply
 from fl_rebasin.flower.round import Round
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.clients import Costs
 from fl_rebasin.state_dicts import StateDict
 from fl_rebasin.symmetry.spec import Permutation

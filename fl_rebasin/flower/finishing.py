@@ -12,11 +12,11 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.aggregation import is_usable
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.questions import printable
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs
-from fl_rebasin.merging.finishing import Finish, FinishingStep
+from fl_rebasin.merging.finishing_step import Finish, FinishingStep
 
 
 @dataclass(frozen=True)

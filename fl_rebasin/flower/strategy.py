@@ -15,7 +15,6 @@ from torch import nn
 from fl_rebasin.flower.aggregation import Aggregate, adopt, aggregate, check_copyable
 from fl_rebasin.flower.align import Aligned, AlignmentMethod, Metrics, WeightMatching
 from fl_rebasin.flower.candidates import form_candidates
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.finishing import Finishing
 from fl_rebasin.flower.guard import Guard
 from fl_rebasin.flower.lazy_grid import LazyGrid
@@ -28,11 +27,12 @@ from fl_rebasin.flower.replies import (
     valid_evaluations,
 )
 from fl_rebasin.flower.round import Round
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.flower.streaming import sum_one_by_one, takes_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs, total_costs
-from fl_rebasin.merging.finishing import FinishingStep
+from fl_rebasin.merging.finishing_step import FinishingStep
 from fl_rebasin.symmetry.derive import ExampleInputs, derive_spec
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 

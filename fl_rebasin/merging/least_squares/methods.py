@@ -27,7 +27,7 @@ from fl_rebasin.merging.clients import (
     Tensors,
     total_costs,
 )
-from fl_rebasin.merging.finishing import Finish, Finished
+from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.merging.heads import check_metric_name, last_layer, without_label_prior
 from fl_rebasin.merging.least_squares.layers import folded, input_rows, single_precision
 from fl_rebasin.merging.least_squares.plan import MAX_FEATURES, plan
