@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.flower.arrays import read_array, read_head
+from fl_rebasin.flower.arrays import read_array, read_header
 from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
 from fl_rebasin.flower.wrapper import WrappedStrategy
 from fl_rebasin.merging.batchnorm import (
@@ -81,7 +81,7 @@ def _read(content: RecordDict, channels: dict[str, int]) -> dict[str, LayerStati
         if not record.keys() & {f"{name}.count", f"{name}.mean", f"{name}.variance"}:
             continue  # a layer that the client's forward pass does not use
         keys = [f"{name}.{what}" for what in ("count", "mean", "variance")]
-        heads = [read_head(record[key]) for key in keys]
+        heads = [read_header(record[key]) for key in keys]
         if [head.shape for head in heads] != [(1,), (size,), (size,)]:
             raise ValueError(f"{name}: expected {size} channels, got {heads[1].shape}")
         if [head.dtype.kind for head in heads] != ["i", "f", "f"]:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.flower.arrays import read_array, read_head
+from fl_rebasin.flower.arrays import read_array, read_header
 from fl_rebasin.flower.batchnorm import recalibrate_on_clients
 from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded, reason
 from fl_rebasin.merging.least_squares import (
@@ -193,7 +193,7 @@ def _read(
     for layer, each in expected.items():
         found[layer] = {}
         for key, shape in each.items():
-            head = read_head(record[f"{layer}/{key}"])
+            head = read_header(record[f"{layer}/{key}"])
             if head.dtype != np.float64 or head.shape != shape:
                 raise ValueError(
                     f"{layer}: {key} is {head.dtype} of shape {head.shape}, expected float64 "

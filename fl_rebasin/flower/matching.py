@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.flower.arrays import read_array, read_head
+from fl_rebasin.flower.arrays import read_array, read_header
 from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.straight_through import match_straight_through
@@ -119,7 +119,7 @@ def _read(content: RecordDict, spec: PermutationSpec) -> Permutation:
         raise ValueError(f"permutation and spec differ in the groups {odd[:3]}")
     indices = {}
     for name, expected in still.indices.items():
-        head = read_head(record[name])
+        head = read_header(record[name])
         if head.dtype != np.int64 or head.shape != tuple(expected.shape):
             raise ValueError(
                 f"{name}: an order of {tuple(expected.shape)} units was asked for, got "

@@ -34,7 +34,7 @@ from fl_rebasin.flower.replies import (
     unchanged_reply,
     valid_evaluations,
 )
-from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
+from fl_rebasin.flower.streaming import RunningMean, needs_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.matching.many import all_still
 from fl_rebasin.matching.objective import check_finite
@@ -194,7 +194,7 @@ class ReBasinStrategy(WrappedStrategy):
             and not self.guard
             and self.least_squares == "none"
             and self._head is None
-            and takes_only_the_mean(self.strategy)
+            and needs_only_the_mean(self.strategy)
         )
 
     @property

@@ -58,7 +58,7 @@ from fl_rebasin.flower import rebasin_mod
 # Integer buffers, more than ten arrays, tied tensors.
 NETS = ("mlp", "conv-batchnorm-flatten", "residual-batchnorm", "tied-shared")
 IDENTITY = ("_task_id", "_run_id", "_node_id")
-UNALIGNED = "the trained model is handed on unaligned: "
+UNALIGNED = "the trained model is uploaded unaligned: "
 
 
 @pytest.fixture(autouse=True)

@@ -329,7 +329,7 @@ def test_what_a_client_writes_into_the_log_is_short_and_plain(
     first, second = dropped(caplog)
     assert len(first) < 400
     assert first.isprintable()
-    assert "said to be of an odd dtype or shape" in second
+    assert "it declares a dtype of 299999 characters" in second
 
 
 # --- limits ------------------------------------------------------------------------------------
@@ -440,11 +440,11 @@ BAD_EVALUATIONS: dict[str, tuple[RecordDict, str]] = {
     "empty": (RecordDict(), "with one number"),
     "other-metrics": (
         RecordDict({"metrics": MetricRecord({"num-examples": 4, "loss": 0.5})}),
-        "its records are not named as those of the others",
+        "its records differ from those of most replies",
     ),
     "other-record": (
         RecordDict({"results": MetricRecord({"num-examples": 4, "accuracy": 0.5})}),
-        "its records are not named as those of the others",
+        "its records differ from those of most replies",
     ),
 }
 

@@ -166,7 +166,7 @@ def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptur
     assert metrics is not None
     assert metrics["loss"] == pytest.approx(1.0)
     assert "surprise" not in metrics
-    assert "reply of node 9 dropped: its records are not named" in caplog.text
+    assert "reply of node 9 dropped: its records differ" in caplog.text
 
 
 class Mailbox(Nodes):
