@@ -587,10 +587,12 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         Checkpointed(FedAvg(), file)
 
 
-def test_any_flower_strategy_can_be_wrapped(tmp_path: Path) -> None:
-    expected = everything(run(FedAdam(**HALF), ROUNDS))
-    interrupt(Checkpointed(FedAdam(**HALF), tmp_path), 3)
-    strategy = Checkpointed(FedAdam(**HALF), tmp_path, resume=True)
+@pytest.mark.parametrize("strategy_type", [FedAvg, FedAdam, FedMedian])
+def test_any_flower_strategy_can_be_wrapped(strategy_type: type[FedAvg], tmp_path: Path) -> None:
+    """Plain `FedAvg` turns integers, and `FedAdam` all arrays, into float64."""
+    expected = everything(run(strategy_type(**HALF), ROUNDS))
+    interrupt(Checkpointed(strategy_type(**HALF), tmp_path), 3)
+    strategy = Checkpointed(strategy_type(**HALF), tmp_path, resume=True)
     assert everything(run(strategy, ROUNDS, seed=99)) == expected
 
 
