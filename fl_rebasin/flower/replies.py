@@ -335,9 +335,9 @@ def like_global(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
     Raises:
         ValueError: the keys differ from the model's.
     """
-    if odd := sorted(arrays.keys() ^ model.keys()):
+    if changed := sorted(arrays.keys() ^ model.keys()):
         raise ValueError(
-            f"the wrapped strategy changed the model's keys: {odd[:3]} are missing or new"
+            f"the wrapped strategy changed the model's keys: {changed[:3]} are missing or new"
         )
     cast = {}
     for key, wanted in model.items():

@@ -458,7 +458,7 @@ def _flipped(path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 100), "cannot be read"),
-    "truncated head": (lambda path: os.truncate(path, 500), "cannot be read"),
+    "truncated header": (lambda path: os.truncate(path, 500), "cannot be read"),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot be read"),
     "garbage": (lambda path: path.write_bytes(random.Random(1).randbytes(9999)), "cannot be read"),
     "a bit": (_flipped, "does not match its digest"),
@@ -644,7 +644,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("fault", "words"),
     [
         (_full_disk, "No space left"),
         (lambda patch: patch.setattr(os, "replace", _fails(errno.EACCES)), "Permission denied"),
@@ -652,7 +652,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_error_while_writing_leaves_earlier_checkpoints_unchanged(
-    spoil: Callable[[pytest.MonkeyPatch], None],
+    fault: Callable[[pytest.MonkeyPatch], None],
     words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -660,7 +660,7 @@ def test_an_error_while_writing_leaves_earlier_checkpoints_unchanged(
     done(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with monkeypatch.context() as patch:
-        spoil(patch)
+        fault(patch)
         expected = rf"checkpoint of round 3 could not be written .*{words}.*unchanged.*resume"
         with pytest.raises(OSError, match=expected):
             resumed(tmp_path)
