@@ -103,8 +103,9 @@ class Checkpointed(WrappedStrategy):
     and configs, and the random state of `random`, NumPy and PyTorch on the CPU. It does not hold
     what clients store. The log names every value that a checkpoint cannot hold.
 
-    Flower's own `start` runs the remaining rounds and numbers them from 1. The wrapped strategy
-    and `evaluate_fn` get the round's number in the whole run.
+    Flower's own `start` runs the remaining rounds and numbers them from 1; the wrapped strategy's
+    `start` is not called. The wrapped strategy and `evaluate_fn` get the round's number in the
+    whole run.
 
     Args:
         strategy: any Flower strategy.
