@@ -217,7 +217,7 @@ def test_arguments_can_be_given_by_name() -> None:
 
 
 def test_an_empty_batch_asks_for_more() -> None:
-    assert_refused(Plain(), torch.ones(0, 4), "returns no values: give example inputs that are not")
+    assert_refused(Plain(), torch.ones(0, 4), "returns only empty tensors: give example inputs that are not")
 
 
 def test_inputs_that_the_model_changes_stay_the_callers() -> None:
@@ -267,11 +267,11 @@ def quantised() -> Tensor:
             lambda: nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False)),
             r"1\.running_mean is not initialised: run the lazy",
         ),
-        (lambda: with_parameter(odd=torch.eye(3).to_sparse()), "odd is sparse: keep it out of"),
+        (lambda: with_parameter(odd=torch.eye(3).to_sparse()), "odd is sparse: pass it as an input"),
         (lambda: with_buffer(odd=torch.eye(3).to_sparse()), "odd is sparse: .*persistent=False"),
         (lambda: with_parameter(odd=torch.zeros(2) * 1j), "odd is complex: only real"),
         (lambda: with_buffer(odd=torch.zeros(2) * 1j), "odd is complex: only real"),
-        (lambda: with_buffer(odd=quantised()), "odd is quantised: give the model before"),
+        (lambda: with_buffer(odd=quantised()), "odd is quantised: give the model as it was before"),
     ],
     ids=range(8),
 )
@@ -576,11 +576,11 @@ def units_by_noise(hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (unit_by_item, "one place taken by its number"),
-        (unit_in_a_branch, "one place taken by its number"),
+        (unit_by_item, "one position selected by index"),
+        (unit_in_a_branch, "one position selected by index"),
         (units_as_a_list, "constant of the model"),
         (units_by_chance, "no rule for aten.rand"),
-        (number_of_a_unit, "searched for a place's number"),
+        (number_of_a_unit, "searched for an index"),
         (units_by_noise, "no rule for aten.randn_like"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -657,7 +657,7 @@ def test_a_generator_of_the_models_own_is_told() -> None:
         (lambda out: {"all": [out, object()]}, "returns a object, which cannot be"),
         (lambda out: None, "returns no tensors"),
         (lambda out: [], "returns no tensors"),
-        (lambda out: out[:, :0], "returns no values: give example inputs that are not empty"),
+        (lambda out: out[:, :0], "returns only empty tensors: give example inputs that are not empty"),
     ],
     ids=range(8),
 )
@@ -822,7 +822,7 @@ def test_a_meta_model_with_counters_has_a_spec() -> None:
 
 
 def test_inputs_without_values_are_refused() -> None:
-    assert_refused(Plain(), INPUT.to("meta"), "on meta have no values: give some on the model")
+    assert_refused(Plain(), INPUT.to("meta"), "on meta have no values: give inputs on the model")
 
 
 def test_a_failure_under_permuted_weights_is_pinned_and_named() -> None:
@@ -909,7 +909,7 @@ def test_scripts_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         script = torch.jit.trace(nn.Linear(4, 3), INPUT)
-    with pytest.raises(SpecError, match=r"the model is a script: give the module before"):
+    with pytest.raises(SpecError, match=r"the model is a script: give the module as it was before"):
         derive_spec(script, INPUT)
 
 
@@ -927,7 +927,7 @@ def test_what_counts_nothing_is_no_group() -> None:
     model.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
     spec = spec_of(model)
     assert spec.groups == {"first": 6}
-    assert spec.pinned["steps[0]"] == "on no parameter"
+    assert spec.pinned["steps[0]"] == "only in buffers"
 
 
 def test_what_forward_keeps_on_its_modules_is_given_back_between_runs() -> None:

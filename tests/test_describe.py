@@ -188,9 +188,9 @@ def test_a_model_of_ones_own(
         ("Failing", [], "RuntimeError: no weights in this folder"),
         ("Silent", [], "cannot be called without arguments: KeyError"),
         ("number", [], "cannot be called without arguments: TypeError: 'int' object"),
-        ("text", [], "gives a str, not a module"),
-        ("triple", [], "gives a tuple, not a module"),
-        ("pair_of_texts", [], "gives a str, not a module"),
+        ("text", [], "returns a str, not a torch.nn.Module"),
+        ("triple", [], "returns a tuple, not a torch.nn.Module"),
+        ("pair_of_texts", [], "returns a str, not a torch.nn.Module"),
         ("gone", [], "cannot be imported: AttributeError"),
         ("Family.gone", [], "cannot be imported: AttributeError"),
         ("Plain", ["2,5"], "cannot be run on the example inputs"),
@@ -241,7 +241,7 @@ def test_wrong_inputs_are_shown_with_right_ones(
 def test_inputs_that_cannot_be_made_are_told_in_a_line(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"--input '{text}' cannot be made: "
+    words = f"--input '{text}': cannot create this tensor: "
     assert_error(capsys, ["torchvision:squeezenet1_1", "--input", text], words)
 
 

@@ -23,6 +23,8 @@ from fl_rebasin.symmetry.rules.complexes import COMPLEXES
 from fl_rebasin.symmetry.rules.gates import GATES
 from fl_rebasin.symmetry.rules.indexing import INDEXING
 from fl_rebasin.symmetry.rules.ordering import ORDERING
+from fl_rebasin.symmetry.rules.patches import PATCHES
+from fl_rebasin.symmetry.rules.rearranging import REARRANGING
 from fl_rebasin.symmetry.rules.sparse import SPARSE
 from fl_rebasin.symmetry.rules.vectors import VECTORS
 
@@ -31,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:index_reduce"),
     pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter"),
 ]
-RULES = {**INDEXING, **ORDERING, **VECTORS, **GATES, **SPARSE, **COMPLEXES}
+RULES = {**INDEXING, **REARRANGING, **PATCHES, **ORDERING, **VECTORS, **GATES, **SPARSE, **COMPLEXES}
 Body = Callable[[Tensor], Tensor]
 
 
@@ -383,7 +385,7 @@ KEPT = {
     ),
     "bag-weighted": Case(lambda: Bags("sum", weighted=True), "_embedding_bag"),
     "bag-which": Case(Largest, "_embedding_bag"),
-    "embedding-max-norm": Case(Renormed, "embedding_renorm_"),
+    "embedding-max-norm": Case(Renormed, "embedding embedding_renorm_"),
     "packed": rows("_pack_padded_sequence", lambda h: packed(h, ordered=True)),
     "packed-data": rows(
         "_pack_padded_sequence",

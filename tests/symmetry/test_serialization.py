@@ -80,47 +80,47 @@ def put(field: str, value: Any) -> Edit:
 
 MALFORMED: dict[str, tuple[Edit, str]] = {
     "another format": (put("format", "fl_rebasin.spec/0"), r"format 'fl_rebasin.spec/0'.*reads"),
-    "no format": (lambda content: content.pop("format"), "'format'.*derive it anew"),
+    "no format": (lambda content: content.pop("format"), "'format'.*derive it again"),
     **{
-        f"no {field}": (lambda content, field=field: content.pop(field), f"'{field}'.*anew")
+        f"no {field}": (lambda content, field=field: content.pop(field), f"'{field}'.*again")
         for field in ("groups", "within", "axes", "pinned", "learnable", "fingerprint")
     },
-    "an axis of a group that is not": (axes_of("out.bias", ["gone"]), "group 'gone', which it"),
-    "negative size": (sized(-1), "the size -1: sizes are whole numbers"),
-    "boolean size": (sized(True), "the size True: sizes are whole"),
-    "float size": (sized(2.0), r"the size 2\.0: sizes are whole"),
-    "text as size": (sized("2"), "the size '2': sizes are whole"),
-    "no number as size": (sized(math.nan), "the size nan: sizes are whole"),
-    "huge size": (sized(2**63), "the size 9223372036854775808: sizes are whole numbers"),
-    "negative fixed axis": (axes_of("out.bias", [-3]), "the size -3: sizes are whole"),
-    "boolean fixed axis": (axes_of("out.bias", [True]), "the size True: sizes are whole"),
+    "an axis of a group that is not": (axes_of("out.bias", ["gone"]), "unknown group 'gone'"),
+    "negative size": (sized(-1), "the size -1: sizes are non-negative integers"),
+    "boolean size": (sized(True), "the size True: sizes are non-negative"),
+    "float size": (sized(2.0), r"the size 2\.0: sizes are non-negative"),
+    "text as size": (sized("2"), "the size '2': sizes are non-negative"),
+    "no number as size": (sized(math.nan), "the size nan: sizes are non-negative"),
+    "huge size": (sized(2**63), "the size 9223372036854775808: sizes are non-negative integers"),
+    "negative fixed axis": (axes_of("out.bias", [-3]), "the size -3: sizes are non-negative"),
+    "boolean fixed axis": (axes_of("out.bias", [True]), "the size True: sizes are non-negative"),
     "a group within itself": (
         lambda content: content["within"].update({INNER: INNER}),
-        "lies within .*, which cannot be",
+        "puts the group .* within .*, which is invalid",
     ),
     "a group within units": (
         lambda content: content["within"].update({BLOCKS: INNER}),
-        "lies within .*, which cannot be",
+        "puts the group .* within .*, which is invalid",
     ),
     "a group within nothing": (
         lambda content: content["within"].update({INNER: "gone"}),
-        "lies within 'gone', which cannot be",
+        "within 'gone', which is invalid",
     ),
     "a lost group within one": (
         lambda content: content["within"].update({"gone": BLOCKS}),
-        f"'gone' lies within '{BLOCKS}', which cannot be",
+        f"'gone' within '{BLOCKS}', which is invalid",
     ),
     "no axes for what is learnable": (
         lambda content: content["learnable"].append("gone"),
-        r"counts \['gone'\] as learnable, and has no axes",
+        r"lists \['gone'\] as learnable but has no axes",
     ),
     "units without their blocks": (
         axes_of("out.bias", [INNER]),
-        f"out.bias has units within '{BLOCKS}', and no axis of it",
+        f"out.bias has units within '{BLOCKS}', but no axis of that group",
     ),
     "units within one of two blocks": (
         axes_of("out.bias", [{"prod": [BLOCKS, BLOCKS, INNER]}]),
-        f"out.bias has units within '{BLOCKS}', which is twice",
+        f"out.bias has units within '{BLOCKS}', which is twice in a product",
     ),
     "a group on no axis": (
         lambda content: content["groups"].update(spare=3),
@@ -142,13 +142,13 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
             (
                 "no such axis",
                 {"across": 2, "cases": [[24, 8]]},
-                "that do not fit the spec's axis 2",
+                "whose parts do not match its axis 2",
             ),
-            ("too few", {"across": 0, "cases": [[8, 8]]}, "that do not fit the spec's axis 0"),
-            ("torn", {"across": 0, "cases": [[3, 8], [21, 8]]}, "do not fit the spec's axis 0"),
-            ("uneven", {"across": 0, "cases": [[8, 8], [16, 7]]}, "do not fit the spec's axis 0"),
+            ("too few", {"across": 0, "cases": [[8, 8]]}, "whose parts do not match its axis 0"),
+            ("torn", {"across": 0, "cases": [[3, 8], [21, 8]]}, "whose parts do not match its axis 0"),
+            ("uneven", {"across": 0, "cases": [[8, 8], [16, 7]]}, "whose parts do not match its axis 0"),
             ("inside", {"cat": [{"across": 0, "cases": [[24, 8]]}]}, "the axis .*across"),
-            ("negative", {"across": -2, "cases": [[24, 8]]}, "the size -2: sizes are whole"),
+            ("negative", {"across": -2, "cases": [[24, 8]]}, "the size -2: sizes are non-negative"),
         ]
     },
     "an unknown expression": (axes_of("out.bias", [{"sum": [3]}]), r"the axis \{'sum': \[3\]\}"),
@@ -166,12 +166,12 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     },
     "a text for learnable": (put("learnable", "out"), "learnable .*not a list"),
     "a dict for learnable": (put("learnable", {"out.bias": 1}), "learnable .*not a list"),
-    "a number among learnable": (put("learnable", [3]), "learnable.* 3, .*not a text"),
-    "a list among learnable": (put("learnable", [["out.bias"]]), "learnable.*, .*not a text"),
+    "a number among learnable": (put("learnable", [3]), "learnable.* 3, .*not a string"),
+    "a list among learnable": (put("learnable", [["out.bias"]]), "learnable.*, .*not a string"),
     "a key counted twice": (put("learnable", ["out.bias"] * 2), r"\['out.bias'\].*twice"),
-    "a number as reason": (put("pinned", {"out.bias[0]": 3}), "pinned.* 3, .*not a text"),
-    "a list as blocks": (put("within", {INNER: [BLOCKS]}), "within.*, .*not a text"),
-    "a number as fingerprint": (put("fingerprint", 3), "fingerprint.* 3, .*not a text"),
+    "a number as reason": (put("pinned", {"out.bias[0]": 3}), "pinned.* 3, .*not a string"),
+    "a list as blocks": (put("within", {INNER: [BLOCKS]}), "within.*, .*not a string"),
+    "a number as fingerprint": (put("fingerprint", 3), "fingerprint.* 3, .*not a string"),
 }
 
 
@@ -192,8 +192,8 @@ def test_a_malformed_spec_is_refused_with_words(case: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not a permutation spec.*derive it anew"),
-        ("{", "not a permutation spec.*derive it anew"),
+        ("", "not a permutation spec.*derive it again"),
+        ("{", "not a permutation spec.*derive it again"),
         (HEADS_TEXT[:-9], "not a permutation spec"),
         (HEADS_TEXT + "}", "not a permutation spec"),
         ("[" * 100_000, "not a permutation spec"),

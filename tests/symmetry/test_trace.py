@@ -36,9 +36,9 @@ INPUT = torch.zeros(2, 4)
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x.cumsum(1), "cumulated"),
+        (lambda x: x.cumsum(1), "accumulated in order"),
         (lambda x: x * torch.arange(6.0), "no rule for aten.arange"),
-        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "looked up by number"),
+        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "looked up by index"),
         (lambda x: x.flip(1), "flipped"),
         (lambda x: x @ torch.linalg.inv(torch.eye(6) + x[:1].T @ x[:1]), "no rule for"),
         (lambda x: x.as_strided((6, 2), (1, 6)).mT, "no rule for these arguments of"),
@@ -182,7 +182,7 @@ class Boxed:
         (Boxed, "returns a Boxed, which cannot be compared"),
         (lambda out: out.sum().item(), "returns a float, which cannot be compared"),
         (lambda out: out.numpy(), "returns a ndarray"),
-        (lambda out: out[:0], "returns no values"),
+        (lambda out: out[:0], "returns only empty tensors"),
         (lambda out: None, "returns no tensors"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_place_found_by_its_value_pins_only_if_it_is_used() -> None:
     assert values.groups == {"first": 6}
     places = derive_spec(Module(lambda x: x * x.max(1, keepdim=True).indices), INPUT)
     assert places.groups == {}
-    assert places.pinned["first.bias[0]"] == "searched for a place's number"
+    assert places.pinned["first.bias[0]"] == "searched for an index"
 
 
 def test_a_branch_behind_a_gain_of_zero_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_a_model_without_double_precision_is_checked_in_single() -> None:
                 raise RuntimeError("\"fused\" not implemented for 'Double'")
             return super().forward(inputs)
 
-    with pytest.warns(UserWarning, match="cannot run in float64.*relative error of 1e-04"):
+    with pytest.warns(UserWarning, match="cannot run in float64.*tolerance of 1e-04"):
         spec = derive_spec(Single(torch.relu), INPUT)
     assert spec.groups == {"first": 6}
 
@@ -406,7 +406,7 @@ def test_a_number_that_is_read_without_an_operator_counts_as_used(read: Any) -> 
 
     spec = derive_spec(Module(between), INPUT)
     assert spec.groups == {}
-    assert spec.pinned["first.weight[0]"] == "searched for a place's number"
+    assert spec.pinned["first.weight[0]"] == "searched for an index"
 
 
 def test_padding_by_a_negative_amount_cuts() -> None:

@@ -5,21 +5,9 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_rebasin.symmetry.unify import (
-    MISFIT,
-    Join,
-    Product,
-    Unknown,
-    cut,
-    factor,
-    join,
-    leaves,
-    pin,
-    product,
-    reshape,
-    resolve,
-    unify,
-)
+from fl_rebasin.symmetry.cutting import cut, factor, reshape
+from fl_rebasin.symmetry.terms import Join, Product, Unknown, join, leaves, pin, product, resolve
+from fl_rebasin.symmetry.unify import MISFIT, unify
 
 
 def sizes(term: object) -> object:
