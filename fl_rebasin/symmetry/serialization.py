@@ -115,7 +115,7 @@ def _read(content: Any) -> PermutationSpec:
     used = {group.name for each in axes.values() for axis in each for group in groups_of(axis)}
     if unused := [name for name in groups if name not in used]:
         raise SpecError(f"the spec's groups {unused[:3]} are on no axis: derive it again")
-    pinned = {place: _text(reason, "pinned") for place, reason in _items(content, "pinned")}
+    pinned = {axis: _text(reason, "pinned") for axis, reason in _items(content, "pinned")}
     return PermutationSpec(
         axes,
         {name: group.size for name, group in groups.items()},

@@ -217,11 +217,11 @@ class PermutationSpec:
             for dim, axis in enumerate(axes):
                 for group in dict.fromkeys(groups_of(axis)):
                     uses[group.name].append(f"{key}[{dim}]")
-        uses = {name: _grouped(places) for name, places in uses.items()}
+        uses = {group: _grouped(names) for group, names in uses.items()}
         sizes = {name: " x ".join(map(str, shape)) for name, shape in self._shapes()}
         reasons: dict[str, list[str]] = {}
-        for place, reason in self.pinned.items():
-            reasons.setdefault(reason, []).append(place)
+        for axis_name, reason in self.pinned.items():
+            reasons.setdefault(reason, []).append(axis_name)
         lines = [
             *_table(
                 ("group", "size", "permutes"),
@@ -233,8 +233,8 @@ class PermutationSpec:
             lines += _table(
                 ("pinned", "axes", "which"),
                 [
-                    (reason, str(len(places)), _grouped(places))
-                    for reason, places in reasons.items()
+                    (reason, str(len(names)), _grouped(names))
+                    for reason, names in reasons.items()
                 ],
             )
         return "\n".join(lines)
@@ -242,11 +242,11 @@ class PermutationSpec:
     __str__ = describe
 
 
-def _grouped(places: list[str]) -> list[str]:
+def _grouped(names: list[str]) -> list[str]:
     """Join the axes of one tensor: `key[0]` and `key[2]` become `key[0,2]`."""
     dims: dict[str, list[str]] = {}
-    for place in places:
-        key, _, dim = place.rpartition("[")
+    for name in names:
+        key, _, dim = name.rpartition("[")
         dims.setdefault(key, []).append(dim.removesuffix("]"))
     return [f"{key}[{','.join(numbers)}]" for key, numbers in dims.items()]
 

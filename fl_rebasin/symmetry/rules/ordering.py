@@ -16,18 +16,18 @@ from fl_rebasin.symmetry.unify import mix
 SEARCHED = "searched for an index"
 
 
-def _sorted(place: int) -> Rule:
+def _sorted(argument: int) -> Rule:
     """Return the rule for sorting: the indices depend on the order of the axis, the values do not.
 
     Args:
-        place: which argument gives the axis.
+        argument: index of the argument that gives the axis.
     """
 
     def rule(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         axes = trace.axes(args[0])
         if not axes:
             return False
-        dim = (args[place] if len(args) > place else kwargs.get("dim", -1)) % len(axes)
+        dim = (args[argument] if len(args) > argument else kwargs.get("dim", -1)) % len(axes)
         mix(axes, [dim])
         for result in out:
             terms = list(axes)
@@ -39,11 +39,11 @@ def _sorted(place: int) -> Rule:
     return rule
 
 
-def _in_order(place: int, reason: str) -> Rule:
+def _in_order(argument: int, reason: str) -> Rule:
     """Return the rule for operators that run along one axis in order.
 
     Args:
-        place: which argument gives the axis.
+        argument: index of the argument that gives the axis.
         reason: why that axis is pinned.
     """
 
@@ -51,7 +51,7 @@ def _in_order(place: int, reason: str) -> Rule:
         axes = trace.axes(args[0])
         if not axes:
             return False
-        dim = args[place] if len(args) > place else kwargs.get("dim", -1)
+        dim = args[argument] if len(args) > argument else kwargs.get("dim", -1)
         for result in tree_leaves(out):
             trace.assign(result, with_new_axes(axes, [dim], result.shape, reason))
         return True
@@ -59,11 +59,11 @@ def _in_order(place: int, reason: str) -> Rule:
     return rule
 
 
-def _pick(place: int, default: int | None) -> Rule:
+def _pick(argument: int, default: int | None) -> Rule:
     """Return the rule for operators that return an index: if it is used, its axis is pinned.
 
     Args:
-        place: which argument gives the axis.
+        argument: index of the argument that gives the axis.
         default: the axis if that argument is missing; None for all axes.
     """
 
@@ -71,7 +71,7 @@ def _pick(place: int, default: int | None) -> Rule:
         axes = trace.axes(args[0])
         if not axes:
             return False
-        dim = args[place] if len(args) > place else kwargs.get("dim", default)
+        dim = args[argument] if len(args) > argument else kwargs.get("dim", default)
         gone = set(range(len(axes))) if dim is None else {dim % len(axes)}
         mix(axes, gone)
         kept = [term for each, term in enumerate(axes) if each not in gone]

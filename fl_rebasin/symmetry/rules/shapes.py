@@ -54,9 +54,9 @@ def expand(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool
     """A broadcast axis repeats one value, so it is free."""
     axes = trace.axes(args[0])
     full: list[Term] = [UNIT] * (out.ndim - len(axes)) + list(axes)
-    for place, size in enumerate(out.shape):
-        if full[place].size != size:
-            full[place] = Unknown(size, along=tuple(full[:place]))
+    for dim, size in enumerate(out.shape):
+        if full[dim].size != size:
+            full[dim] = Unknown(size, along=tuple(full[:dim]))
     trace.assign(out, full)
     return True
 
@@ -185,8 +185,8 @@ def unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor
 def pad(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """Padding appends positions of equal value to both ends; negative padding cuts them off."""
     axes = list(trace.axes(args[0]))
-    for place, (before, after) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
-        dim = len(axes) - 1 - place
+    for number, (before, after) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
+        dim = len(axes) - 1 - number
         kept = axes[dim].size + min(before, 0) + min(after, 0)
         axes = piece(axes, dim, max(-before, 0), kept)
         ends = Unknown(max(before, 0)), Unknown(max(after, 0))
