@@ -232,10 +232,7 @@ class PermutationSpec:
         if reasons:
             lines += _table(
                 ("pinned", "axes", "which"),
-                [
-                    (reason, str(len(names)), _grouped(names))
-                    for reason, names in reasons.items()
-                ],
+                [(reason, str(len(names)), _grouped(names)) for reason, names in reasons.items()],
             )
         return "\n".join(lines)
 

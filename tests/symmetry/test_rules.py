@@ -1,7 +1,7 @@
 """Laws of the rules: which operators let hidden units move, and which pin them.
 
-`derive_spec` checks every spec that it returns, and warns if a rule was wrong. Warnings are errors in
-tests, so each case tests that the rule is right as well as how much freedom it leaves.
+`derive_spec` checks every spec that it returns, and warns if a rule was wrong. Warnings are errors
+in tests, so each case tests that the rule is right as well as how much freedom it leaves.
 """
 
 from __future__ import annotations

@@ -74,12 +74,15 @@ def axes_of(key: str, value: Any) -> Edit:
     return lambda content: content["axes"].update({key: value})
 
 
-def put(field: str, value: Any) -> Edit:
+def field_set_to(field: str, value: Any) -> Edit:
     return lambda content: content.update({field: value})
 
 
 MALFORMED: dict[str, tuple[Edit, str]] = {
-    "another format": (put("format", "fl_rebasin.spec/0"), r"format 'fl_rebasin.spec/0'.*reads"),
+    "another format": (
+        field_set_to("format", "fl_rebasin.spec/0"),
+        r"format 'fl_rebasin.spec/0'.*reads",
+    ),
     "no format": (lambda content: content.pop("format"), "'format'.*derive it again"),
     **{
         f"no {field}": (lambda content, field=field: content.pop(field), f"'{field}'.*again")
@@ -146,7 +149,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
             ),
             ("too few", {"across": 0, "cases": [[8, 8]]}, "whose parts do not match its axis 0"),
             (
-                "torn",
+                "splits units",
                 {"across": 0, "cases": [[3, 8], [21, 8]]},
                 "whose parts do not match its axis 0",
             ),
@@ -169,17 +172,23 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "a dict for a list of axes": (axes_of("out.bias", {BLOCKS: 3}), "of out.bias.* not a list"),
     "a number for a list of axes": (axes_of("out.bias", 3), "axes of out.bias.* not a list"),
     **{
-        f"a list for {field}": (put(field, []), f"{field} .*not a dict")
+        f"a list for {field}": (field_set_to(field, []), f"{field} .*not a dict")
         for field in ("groups", "within", "axes", "pinned")
     },
-    "a string for learnable": (put("learnable", "out"), "learnable .*not a list"),
-    "a dict for learnable": (put("learnable", {"out.bias": 1}), "learnable .*not a list"),
-    "a number among learnable": (put("learnable", [3]), "learnable.* 3, .*not a string"),
-    "a list among learnable": (put("learnable", [["out.bias"]]), "learnable.*, .*not a string"),
-    "a key counted twice": (put("learnable", ["out.bias"] * 2), r"\['out.bias'\].*twice"),
-    "a number as reason": (put("pinned", {"out.bias[0]": 3}), "pinned.* 3, .*not a string"),
-    "a list as blocks": (put("within", {INNER: [BLOCKS]}), "within.*, .*not a string"),
-    "a number as fingerprint": (put("fingerprint", 3), "fingerprint.* 3, .*not a string"),
+    "a string for learnable": (field_set_to("learnable", "out"), "learnable .*not a list"),
+    "a dict for learnable": (field_set_to("learnable", {"out.bias": 1}), "learnable .*not a list"),
+    "a number among learnable": (field_set_to("learnable", [3]), "learnable.* 3, .*not a string"),
+    "a list among learnable": (
+        field_set_to("learnable", [["out.bias"]]),
+        "learnable.*, .*not a string",
+    ),
+    "a key counted twice": (field_set_to("learnable", ["out.bias"] * 2), r"\['out.bias'\].*twice"),
+    "a number as reason": (
+        field_set_to("pinned", {"out.bias[0]": 3}),
+        "pinned.* 3, .*not a string",
+    ),
+    "a list as blocks": (field_set_to("within", {INNER: [BLOCKS]}), "within.*, .*not a string"),
+    "a number as fingerprint": (field_set_to("fingerprint", 3), "fingerprint.* 3, .*not a string"),
 }
 
 
