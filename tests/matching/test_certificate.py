@@ -131,8 +131,7 @@ def test_values_of_any_size_prove_nothing_wrong(scale: float) -> None:
 def test_aligned_clients_cost_no_similarity_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, state = spec_of(ZOO["residual-batchnorm"]), random_state(ZOO["residual-batchnorm"], 1)
     models = [around(state, seed, 1e-3) for seed in range(4)]
-    monkeypatch.setattr(Matcher, "similarity", None)
-    monkeypatch.setattr(Matcher, "step", None)
+    monkeypatch.setattr(Matcher, "best_move", None)
     for gauge in (None, state):
         merge = merge_many(spec, models, unit_order_of=gauge)
         assert merge.moved == 0
