@@ -28,6 +28,7 @@ from federation import (
     tensors,
     vast,
 )
+from fl_rebasin.flower.least_squares import fit_on_clients
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvgM
@@ -37,7 +38,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import ZOO
 
 from fl_rebasin.flower import ReBasinStrategy
-from fl_rebasin.flower.least_squares import fit_on_clients
 from fl_rebasin.merging.heads import without_label_prior
 from fl_rebasin.merging.least_squares import fit_least_squares, plan
 from fl_rebasin.merging.merge_many import merge_many
