@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from zoo import ZOO, Entry
 
-from fl_rebasin import PermutationSpec, derive_spec
+from fl_rebasin import Permutation, PermutationSpec, derive_spec
 
 State = dict[str, Tensor]
 
@@ -48,6 +48,15 @@ def random_state(entry: Entry, seed: int) -> State:
 
 def spec_of(entry: Entry) -> PermutationSpec:
     return derive_spec(entry.build(), entry.inputs())
+
+
+def random_order(spec: PermutationSpec, seed: int) -> Permutation:
+    return spec.random(torch.Generator().manual_seed(seed))
+
+
+def shuffled(spec: PermutationSpec, state: State, seed: int) -> State:
+    """The state dict after a random permutation."""
+    return spec.apply(random_order(spec, seed), state)
 
 
 def random_inputs(entry: Entry, seed: int) -> Any:

@@ -492,7 +492,7 @@ def test_what_cannot_run_is_named(side: str) -> None:
     spec, data = derive_spec(model, torch.zeros(1, 4)), [rows(5, seed=0)]
     state = state_of(model)
     pair = {"model": model, "reference": state, "other": state}
-    with pytest.raises(TypeError, match="model must be a module, so that it can run, got dict"):
+    with pytest.raises(TypeError, match="model must be a module of the architecture, got dict"):
         match_activations(spec, batches=data, **{**pair, "model": state})
     bad = state_of(model)
     bad["2.bias"][1] = float("nan")

@@ -372,7 +372,7 @@ def test_bad_batches_are_named(pair: tuple[PermutationSpec, nn.Module, nn.Module
             spec, left, left.state_dict(), right.state_dict(), [(inputs * float("nan"), labels)]
         )
     for batch, kind in ((inputs[:2], "Tensor"), ((inputs,), "tuple"), ([inputs] * 3, "list")):
-        with pytest.raises(ValueError, match=f"batches of inputs and targets, got a {kind}"):
+        with pytest.raises(ValueError, match=f"batches of inputs and labels, got a {kind}"):
             match_straight_through(spec, left, left.state_dict(), right.state_dict(), [batch])  # type: ignore[list-item]
 
 
@@ -383,7 +383,7 @@ def test_what_cannot_run_is_named(
     spec, left, right = pair
     state = state_of(left)
     given: dict[str, Any] = {"model": left, "reference": state, "other": state_of(right)}
-    with pytest.raises(TypeError, match="model must be a module, so that it can run, got dict"):
+    with pytest.raises(TypeError, match="model must be a module of the architecture, got dict"):
         match_straight_through(spec, batches=blobs(), **{**given, "model": state})
     bad = state_of(left)
     bad["0.bias"][1] = float("inf")

@@ -255,13 +255,13 @@ def test_only_groups_that_may_move_see_a_similarity_matrix(monkeypatch: pytest.M
     models = [near(state, seed) for seed in range(4)]
     models[2] = spec.apply(shuffle, models[2])
     seen = set()
-    assigned = Matcher._assigned
+    best_move = Matcher.best_move
 
-    def spied(self: Matcher, group: str, keys: Any) -> Any:
+    def spy(self: Matcher, group: str, keys: Any = None) -> Permutation:
         seen.add(group)
-        return assigned(self, group, keys)
+        return best_move(self, group, keys)
 
-    monkeypatch.setattr(Matcher, "_assigned", spied)
+    monkeypatch.setattr(Matcher, "best_move", spy)
     merge = merge_many(spec, models, unit_order_of=state)
     assert merge.permutations[2] == shuffle.invert()
     # Of its neighbours no proof holds: their weights to and from these units are in disorder.
