@@ -289,8 +289,10 @@ KEPT = {
     "index": rows("index", lambda h: h[:, PLACES]),
     "index-two-axes": rows("index", lambda h: h[CORNERS]),
     "index-grid": rows("index", lambda h: h[torch.tensor([[0], [1]]), PLACES]),
-    "index-apart": rows("index", lambda h: h[:, None][CORNERS[0], :, CORNERS[1]]),
-    "index-apart-in-front": image("index", lambda x: x[CORNERS[0], :, CORNERS[1]].unsqueeze(-1)),
+    "index-not-adjacent": rows("index", lambda h: h[:, None][CORNERS[0], :, CORNERS[1]]),
+    "index-not-adjacent-in-front": image(
+        "index", lambda x: x[CORNERS[0], :, CORNERS[1]].unsqueeze(-1)
+    ),
     "index-mask": rows("index", lambda h: h[:, MASK]),
     "index-mask-two-axes": rows("index", lambda h: h[torch.stack([MASK, ~MASK])]),
     "index-mask-and-number": rows("index", lambda h: h[torch.tensor([True, True]), CORNERS[1][:2]]),
@@ -401,7 +403,7 @@ KEPT = {
     "diag": rows("diagonal_copy", lambda h: (h[0].T @ h[1]).diag()),
     "diag_embed": rows("diag_embed", lambda h: h.mT.diag_embed(1).sum((2, 3))),
     "diag_embed-of-units": rows("diag_embed", lambda h: h.diag_embed().cumsum(1).sum(2)),
-    "diag_embed-of-units-apart": rows("diag_embed", lambda h: h.diag_embed(0, 1, 3).sum(1)),
+    "diag_embed-of-units-not-adjacent": rows("diag_embed", lambda h: h.diag_embed(0, 1, 3).sum(1)),
     "repeat": rows("repeat", lambda h: h.repeat(3, 1, 2, 1)),
     "repeat-units": rows("repeat", lambda h: h.repeat(1, 1, 2), 12, (2, 6)),
     "tile": rows("repeat", lambda h: h.tile(2, 1)),
@@ -529,7 +531,7 @@ HELD = {
     for name, (operators, body, last) in {
         "index": ("index", lambda h: h[..., UNITS], 3),
         "index-with-places": ("index", lambda h: h[:, PLACES, UNITS], 3),
-        "index-apart": ("index", lambda h: h[CORNERS[0], :, UNITS], 5),
+        "index-not-adjacent": ("index", lambda h: h[CORNERS[0], :, UNITS], 5),
         "index-mask": ("index", lambda h: h[..., torch.tensor([True, False] * 3)], 3),
         "index-mask-of-a-constant": (
             "index",
@@ -612,7 +614,7 @@ HELD = {
             lambda h: (h.mT @ ramp(h, 30).view(5, 6)).diagonal(0, 1, 2),
             6,
         ),
-        "diagonal-beside": ("diagonal", lambda h: (h.mT @ h).diagonal(1, 1, 2), 5),
+        "diagonal-off-main": ("diagonal", lambda h: (h.mT @ h).diagonal(1, 1, 2), 5),
         "diag_embed": ("diag_embed", lambda h: h.diag_embed(1).sum(2), 7),
         "as_strided": ("as_strided", lambda h: h.as_strided((2, 5, 3), (30, 6, 2)), 3),
         "unfold": ("unfold", lambda h: h.unfold(2, 2, 2).prod(-1), 3),

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[Axis, ...]] = {
     "two-within": (Prod((HEADS, UNITS, WIDE)),),
     "partly-within": (Prod((HEADS, Cat((Fixed(2), UNITS)))), PLAIN),
     "plain-between": (Prod((HEADS, Group("between", 3), UNITS)),),
-    "beside": (Cat((Prod((HEADS, UNITS)), PLAIN, Prod((HEADS, WIDE)))),),
+    "joined": (Cat((Prod((HEADS, UNITS)), PLAIN, Prod((HEADS, WIDE)))),),
     "across": (HEADS, WIDE),
     "across-few": (HEADS, Prod((UNITS, Fixed(2)))),
     "across-product": (Prod((HEADS, UNITS)), WIDE, Fixed(2)),

@@ -325,11 +325,11 @@ def test_an_error_quotes_the_exception_of_the_forward_pass(error: Exception) -> 
     def fail(hidden: Tensor) -> Tensor:
         raise error
 
-    told = assert_refused(
+    caught = assert_refused(
         TwoLayers(fail), INPUT, r"cannot be run on the example inputs \(2, 4\) float32 on cpu: "
     )
-    assert str(error) in str(told)
-    assert told.__cause__ is error
+    assert str(error) in str(caught)
+    assert caught.__cause__ is error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
