@@ -17,7 +17,7 @@ from fl_rebasin import Permutation, PermutationSpec, derive_spec
 State = dict[str, Tensor]
 
 
-def lively(entry: Entry, seed: int) -> nn.Module:
+def generic(entry: Entry, seed: int) -> nn.Module:
     """A float64 model in which no parameter or buffer is constant, and without dropout."""
     generator = torch.Generator().manual_seed(seed)
     model = entry.build().double()
@@ -39,10 +39,10 @@ def state_of(model: nn.Module) -> State:
 
 
 def random_state(entry: Entry, seed: int) -> State:
-    """A float32 state dict of a lively model."""
+    """A float32 state dict of a generic model."""
     return {
         key: value.float() if value.is_floating_point() else value
-        for key, value in state_of(lively(entry, seed)).items()
+        for key, value in state_of(generic(entry, seed)).items()
     }
 
 
@@ -90,7 +90,7 @@ def assert_same(
         )
 
 
-def near(state: State, seed: int, scale: float = 1e-3) -> State:
+def nearby(state: State, seed: int, scale: float = 1e-3) -> State:
     """A state dict close by, as after a little training; integers count on."""
     generator = torch.Generator().manual_seed(seed)
     return {

@@ -105,6 +105,7 @@ class ReBasinStrategy(WrappedStrategy):
         _check_kind("limits", limits, "Limits(min_replies=2)", isinstance(limits, Limits))
         if not isinstance(finish, Sequence):
             raise TypeError(f"finish is {finish!r}: give a list of steps, such as [BatchNorm()]")
+        self.model = model
         self.align = align
         self.finish = tuple(finish)
         self.guard = guard

@@ -28,7 +28,7 @@ from federation import Federation, tensors
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
-from helpers import near
+from helpers import nearby
 from torch import nn
 
 from fl_rebasin.flower import Checkpointed, ReBasinStrategy
@@ -45,9 +45,7 @@ def net() -> nn.Sequential:
 
 @cache
 def template() -> ReBasinStrategy:
-    return ReBasinStrategy(
-        model=net(), example_inputs=torch.zeros(2, 3), recalibrate_batchnorm=False
-    )
+    return ReBasinStrategy(model=net(), example_inputs=torch.zeros(2, 3), finish=[])
 
 
 def aligned(
@@ -72,7 +70,7 @@ def client(node: int) -> Callable[[Message, Context], Message]:
         if message.metadata.message_type != "train":
             metrics["weight"] = float(state["0.weight"].double().sum())
             return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
-        trained = near(state, seed, scale=config.get("lr", 0.01))
+        trained = nearby(state, seed, scale=config.get("lr", 0.01))
         if seed % 3 == 0:
             generator = torch.Generator().manual_seed(seed)
             trained = spec.apply(spec.random(generator), trained)

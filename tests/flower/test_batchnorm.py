@@ -24,7 +24,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from helpers import State, assert_same, lively, random_state, state_of
+from helpers import State, assert_same, generic, random_state, state_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import ZOO, Entry
@@ -137,7 +137,7 @@ def assert_statistics(arrays: ArrayRecord, model: nn.Module, batches: Iterable[T
 @pytest.mark.parametrize("name", NETS)
 def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
     entry = NETS[name]
-    model, batches = lively(entry, 0), client_data(entry)
+    model, batches = generic(entry, 0), client_data(entry)
     arrays = ArrayRecord(state_of(model))
     before = copy.deepcopy(arrays)
     world = federation(entry, batches)
@@ -157,7 +157,7 @@ def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_first_layer_has_what_one_training_step_on_the_joint_batch_gives(name: str) -> None:
     entry = NETS[name]
-    model, (left, right, _) = lively(entry, 0), client_data(entry)
+    model, (left, right, _) = generic(entry, 0), client_data(entry)
     world = federation(entry, [left, right])
     arrays = ArrayRecord(state_of(model))
     result, _ = recalibrate_on_clients(world.grid, [1, 2], entry.build(), arrays)
@@ -173,7 +173,7 @@ def test_first_layer_has_what_one_training_step_on_the_joint_batch_gives(name: s
 
 
 def test_labels_are_passed_over() -> None:
-    model, batches = lively(NET, 0), client_data(NET)
+    model, batches = generic(NET, 0), client_data(NET)
     arrays = ArrayRecord(state_of(model))
     labelled = [
         (batches[0][0], torch.zeros(5)),
@@ -185,7 +185,7 @@ def test_labels_are_passed_over() -> None:
 
 
 def test_only_the_nodes_named_are_asked_and_the_timeout_is_kept() -> None:
-    model = lively(NET, 0)
+    model = generic(NET, 0)
     world = federation(NET, client_data(NET))
     arrays = ArrayRecord(state_of(model))
     result, _ = recalibrate_on_clients(world.grid, [1, 3], NET.build(), arrays, timeout=17)
@@ -281,7 +281,7 @@ def test_bad_answer_is_dropped_and_the_rest_pooled(
     case: str, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     app, words = BAD[case]
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     good = federation(NET, client_data(NET)[:2])
     expected, _ = recalibrate_on_clients(good.grid, [1, 2], NET.build(), arrays)
     assert "dropped" not in caplog.text
@@ -345,7 +345,7 @@ def test_layer_that_one_client_lacks_is_pooled_from_the_rest() -> None:
             content.array_records["statistics"].pop(f"2.{key}")
         content.array_records["statistics"]["9.mean"] = Array(np.full(5, np.nan))
 
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     world = federation(NET, client_data(NET))
     everybody, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
     others, _ = recalibrate_on_clients(world.grid, [1, 2], NET.build(), arrays)
@@ -367,7 +367,7 @@ def as_mock(reply: Message) -> Message:
 
 
 def test_mock_replies_are_read_as_well() -> None:
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     world = federation(NET, client_data(NET))
     world.apps[2] = failing
     expected, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
@@ -383,7 +383,7 @@ def test_mock_replies_are_read_as_well() -> None:
 def test_without_good_answers_the_arrays_stay(
     apps: dict[int, Answer | None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     before = copy.deepcopy(arrays)
     result, metrics = recalibrate_on_clients(Federation(apps).grid, list(apps), NET.build(), arrays)
     assert result == before
@@ -393,7 +393,7 @@ def test_without_good_answers_the_arrays_stay(
 
 
 def test_a_silent_node_is_not_waited_for_but_named(caplog: pytest.LogCaptureFixture) -> None:
-    model, batches = lively(NET, 0), client_data(NET)
+    model, batches = generic(NET, 0), client_data(NET)
     world = federation(NET, batches)
     world.apps[2] = None
     arrays = ArrayRecord(state_of(model))
@@ -421,7 +421,7 @@ def test_model_without_statistics_sends_no_message(model: nn.Module) -> None:
 
 
 def test_answering_changes_nothing_of_a_client_but_its_weights() -> None:
-    own = lively(NET, 1).train()
+    own = generic(NET, 1).train()
     own[3].eval()
     batches = client_data(NET)[2]
     batches_before = copy.deepcopy(batches)
@@ -431,7 +431,7 @@ def test_answering_changes_nothing_of_a_client_but_its_weights() -> None:
     world.contexts[1] = Context(1, 1, {}, RecordDict(), {})
     world.contexts[1].state["counter"] = MetricRecord({"round": 4})
     context_before = copy.deepcopy(world.contexts[1])
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     recalibrate_on_clients(world.grid, [1], NET.build(), arrays)
 
     assert world.contexts[1] == context_before
@@ -452,7 +452,7 @@ def test_load_is_given_the_clients_context() -> None:
 
     app = ClientApp()
     add_batchnorm_handler(app, load)
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
+    arrays = ArrayRecord(state_of(generic(NET, 0)))
     recalibrate_on_clients(Federation({5: app, 9: app}).grid, [5, 9], NET.build(), arrays)
     assert seen == [5, 9]
 

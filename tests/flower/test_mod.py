@@ -49,16 +49,16 @@ def mod_of(name: str, **options: Any) -> Mod:
     return rebasin_mod(ZOO[name].build(), ZOO[name].inputs(), **options)
 
 
-def near(state: State, seed: int, scale: float = 1e-2) -> State:
+def nearby(state: State, seed: int, scale: float = 1e-2) -> State:
     """A state dict nearby, as after a little training; tied tensors stay tied."""
-    moved = helpers.near(state, seed, scale)
+    moved = helpers.nearby(state, seed, scale)
     if "embed.weight" in moved:
         moved["out.weight"] = moved["embed.weight"].clone()
     return moved
 
 
 def start(name: str) -> State:
-    return near(random_state(ZOO[name], 0), 0, scale=0)
+    return nearby(random_state(ZOO[name], 0), 0, scale=0)
 
 
 def shuffled(spec: PermutationSpec, state: State, seed: int) -> State:
@@ -143,7 +143,7 @@ def test_permuted_units_are_restored_and_all_else_is_unchanged(
     name: str, order: Callable[[State], State], kind: str
 ) -> None:
     model = start(name)
-    trained = near(model, 1)
+    trained = nearby(model, 1)
     sent = order(shuffled(named_spec(name), trained, seed=5))
     content = answer(ArrayRecord(sent), "weights")
     before = copy.deepcopy(content)
@@ -170,7 +170,7 @@ def test_permuted_units_are_restored_and_all_else_is_unchanged(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_arrays_keep_a_precision_that_differs_from_the_global_model(dtype: torch.dtype) -> None:
     model = start("mlp")
-    trained = {key: value.to(dtype) for key, value in near(model, 1).items()}
+    trained = {key: value.to(dtype) for key, value in nearby(model, 1).items()}
     sent = shuffled(named_spec("mlp"), trained, seed=5)
     _, out = call(mod_of("mlp"), question(ArrayRecord(model)), answer(ArrayRecord(sent)))
     assert_same(tensors(out.content.array_records["arrays"]), trained, rtol=0, atol=0)
@@ -191,7 +191,7 @@ RECORDS = {"named": ArrayRecord, "nameless": nameless}
 @pytest.mark.parametrize("name", NETS)
 def test_nameless_arrays_are_identified_by_their_order(name: str, received: str) -> None:
     model = start(name)
-    trained = near(model, 1)
+    trained = nearby(model, 1)
     sent = nameless(shuffled(named_spec(name), trained, seed=5))
     _, out = call(
         mod_of(name),
@@ -229,7 +229,7 @@ def test_units_are_matched_by_activations_if_there_is_data() -> None:
 
 def test_the_reference_is_the_global_model_as_received() -> None:
     model = start("mlp")
-    trained = near(model, 1)
+    trained = nearby(model, 1)
 
     def overwrite(message: Message) -> None:
         record = message.content.array_records["arrays"]
@@ -282,7 +282,7 @@ def test_an_aligned_model_is_returned_bit_for_bit(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = start(name)
-    sent = ArrayRecord(near(model, 1))
+    sent = ArrayRecord(nearby(model, 1))
     # Payloads that differ from what the mod itself would write.
     for array in sent.values():
         array.dtype, array.data = "float32", array.data + b"more"

@@ -36,7 +36,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.simulation import run_simulation
-from helpers import State, near, random_inputs, random_state, spec_of
+from helpers import State, nearby, random_inputs, random_state, spec_of
 from torch import Tensor, nn
 from zoo import Entry
 
@@ -60,13 +60,13 @@ def train(state: State, partition: int) -> State:
     """Train a little, and return the units in another order."""
     permutation = SPEC.random(torch.Generator().manual_seed(partition))
     assert not permutation.is_identity
-    return SPEC.apply(permutation, near(state, partition + 1, scale=1e-2))
+    return SPEC.apply(permutation, nearby(state, partition + 1, scale=1e-2))
 
 
 def expected(model: State) -> State:
     """The result of averaging if no client permutes its units."""
     for _ in range(ROUNDS):
-        clients = [near(model, partition + 1, scale=1e-2) for partition in range(len(EXAMPLES))]
+        clients = [nearby(model, partition + 1, scale=1e-2) for partition in range(len(EXAMPLES))]
         model = {
             key: sum(n * each[key].double() for n, each in zip(EXAMPLES, clients, strict=True))
             / sum(EXAMPLES)

@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, named_spec, near, random_state
+from helpers import State, named_spec, nearby, random_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 from fl_rebasin import PermutationSpec, derive_spec
-from fl_rebasin.flower import ReBasinStrategy
+from fl_rebasin.flower import Limits, ReBasinStrategy, WeightMatching
 
 NET = "conv-batchnorm-flatten"
 
@@ -56,7 +56,7 @@ def strategy_for(inner: Strategy, **options: Any) -> ReBasinStrategy:
         inner,
         model=ZOO[NET].build(),
         example_inputs=ZOO[NET].inputs(),
-        recalibrate_batchnorm=False,
+        finish=[],
         **options,
     )
 
@@ -80,7 +80,7 @@ def start() -> State:
 
 
 def valid(node: int) -> Message:
-    return replies_of({node: near(start(), node)}, loss=0.5)[0]
+    return replies_of({node: nearby(start(), node)}, loss=0.5)[0]
 
 
 DESCRIPTIONS = st.one_of(
@@ -171,9 +171,9 @@ def sent(content: RecordDict, node: int = 7) -> Message:
     return Message(content, reply_to=asked)
 
 
-def check_round(odd: RecordDict, options: dict[str, Any]) -> None:
+def check_round(odd: RecordDict, align: WeightMatching) -> None:
     replies = [valid(1), sent(odd), valid(2)]
-    arrays, _ = a_round(averaging(**options), start(), replies)
+    arrays, _ = a_round(averaging(align=align), start(), replies)
     assert arrays is not None
     for key, value in tensors(arrays).items():
         assert value.dtype == start()[key].dtype
@@ -203,16 +203,14 @@ def check_wire(changes: list[tuple[int, int]]) -> None:
         odd = recorddict_from_proto(RecordDictProto.FromString(bytes(raw)))
     except Exception:  # Flower rejects it before the strategy sees it.
         return
-    check_round(odd, {"align_to": "global"})
+    check_round(odd, WeightMatching(to="global"))
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 @tried(60)
 @given(odd=contents())
-def test_no_reply_ends_a_round_or_poisons_the_model(
-    options: dict[str, Any], odd: RecordDict
-) -> None:
-    check_round(odd, options)
+def test_no_reply_ends_a_round_or_poisons_the_model(align: WeightMatching, odd: RecordDict) -> None:
+    check_round(odd, align)
 
 
 @tried(60)
@@ -227,7 +225,7 @@ def test_no_bytes_on_the_wire_end_a_round_or_poison_the_model(
 @tried(400)
 @given(odd=contents())
 def test_no_reply_of_several_hundred_ends_a_round_or_poisons_the_model(odd: RecordDict) -> None:
-    check_round(odd, {"align_to": "global"})
+    check_round(odd, WeightMatching(to="global"))
 
 
 @pytest.mark.slow
@@ -240,7 +238,7 @@ def test_no_bytes_of_several_hundred_end_a_round_or_poison_the_model(
 
 
 def replied(node: int, **records: Any) -> Message:
-    return sent(RecordDict({"arrays": ArrayRecord(near(start(), node)), **records}), node)
+    return sent(RecordDict({"arrays": ArrayRecord(nearby(start(), node)), **records}), node)
 
 
 COUNTED = MetricRecord({"num-examples": 10, "list": [1.0, 2.0]})
@@ -252,15 +250,15 @@ COLLIDING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 @pytest.mark.parametrize("position", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("case", COLLIDING)
 def test_records_that_look_alike_do_not_end_a_round(
-    case: str, position: int, options: dict[str, Any]
+    case: str, position: int, align: WeightMatching
 ) -> None:
     replies = [replied(node, metrics=COUNTED) for node in (1, 2)]
     replies.insert(position, replied(7, **COLLIDING[case]))
-    arrays, metrics = a_round(averaging(**options), start(), replies)
+    arrays, metrics = a_round(averaging(align=align), start(), replies)
     assert arrays is not None
     assert metrics is not None
     assert metrics["list"] == pytest.approx([1.0, 2.0])
@@ -289,16 +287,16 @@ def test_an_array_may_declare_no_dtype_and_no_shape(dtype: str, shaped: bool) ->
     assert arrays is not None
     for key, array in ArrayRecord(start()).items():
         assert (arrays[key].dtype, tuple(arrays[key].shape)) == (array.dtype, tuple(array.shape))
-    torch.testing.assert_close(tensors(arrays), near(start(), 1))
+    torch.testing.assert_close(tensors(arrays), nearby(start(), 1))
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 def test_a_rejected_aggregate_does_not_change_the_state_of_the_strategy(
-    options: dict[str, Any],
+    align: WeightMatching,
 ) -> None:
     def with_momentum() -> ReBasinStrategy:
         inner = FedAvgM(server_momentum=0.9, server_learning_rate=2.0)
-        return strategy_for(inner, **options)
+        return strategy_for(inner, align=align)
 
     strategy = with_momentum()
     huge = {k: v * 0 - 3e38 if v.is_floating_point() else v for k, v in start().items()}
@@ -310,14 +308,14 @@ def test_a_rejected_aggregate_does_not_change_the_state_of_the_strategy(
     assert arrays == fresh
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 def test_huge_values_of_a_float64_model_are_dropped(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    align: WeightMatching, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     state = {key: value.detach().clone() for key, value in net.state_dict().items()}
     strategy = ReBasinStrategy(
-        FedAvg(), model=net, example_inputs=torch.zeros(1, 3, dtype=torch.float64), **options
+        FedAvg(), model=net, example_inputs=torch.zeros(1, 3, dtype=torch.float64), align=align
     )
     huge = {key: value * 0 + 1e308 for key, value in state.items()}
     arrays, _ = a_round(strategy, state, replies_of({1: state, 7: huge, 2: state}))
@@ -347,14 +345,14 @@ def test_log_lines_that_quote_a_client_are_short_and_printable(
 # --- limits ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 def test_too_few_valid_replies_leave_the_model_unchanged(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    align: WeightMatching, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = sent(RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord({"num-examples": 1})}))
-    strategy = averaging(min_replies=3, **options)
+    strategy = averaging(limits=Limits(min_replies=3), align=align)
     assert a_round(strategy, start(), [valid(1), bad, valid(2)]) == (None, None)
-    assert "round 1: 2 good replies, 3 are needed: the global model stays as it was" in caplog.text
+    assert "round 1: 2 valid replies, 3 are needed: the global model stays unchanged" in caplog.text
     arrays, metrics = a_round(strategy, start(), [valid(1), bad, valid(2), valid(3)])
     assert arrays is not None
     assert metrics is not None
@@ -362,26 +360,26 @@ def test_too_few_valid_replies_leave_the_model_unchanged(
 
 
 def test_the_limit_on_examples_can_be_set(caplog: pytest.LogCaptureFixture) -> None:
-    replies = replies_of({node: near(start(), node) for node in (1, 2)}, {1: 500, 2: 501})
-    arrays, metrics = a_round(averaging(max_examples=500), start(), replies)
-    alone, _ = a_round(averaging(max_examples=500), start(), replies[:1])
+    replies = replies_of({node: nearby(start(), node) for node in (1, 2)}, {1: 500, 2: 501})
+    arrays, metrics = a_round(averaging(limits=Limits(max_examples=500)), start(), replies)
+    alone, _ = a_round(averaging(limits=Limits(max_examples=500)), start(), replies[:1])
     assert arrays == alone
     assert metrics is not None
     assert metrics["rebasin-dropped"] == 1
     assert "reply of node 2 dropped: num-examples is 501, it must be" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{}, {"align_to": "global"}], ids=["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 def test_an_update_beyond_the_norm_is_dropped_and_a_permuted_one_is_not(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    align: WeightMatching, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, spec = start(), named_spec(NET)
     shuffle = spec.random(torch.Generator().manual_seed(1))
-    far = {k: v + 1.0 if v.is_floating_point() else v for k, v in near(model, 3).items()}
-    states = {1: near(model, 1), 2: spec.apply(shuffle, near(model, 2)), 3: far}
+    far = {k: v + 1.0 if v.is_floating_point() else v for k, v in nearby(model, 3).items()}
+    states = {1: nearby(model, 1), 2: spec.apply(shuffle, nearby(model, 2)), 3: far}
     numbers = [v.double() - model[k].double() for k, v in far.items() if v.is_floating_point()]
     norm = float(torch.cat([each.flatten() for each in numbers]).norm())
-    strategy = averaging(max_update_norm=1.0, **options)
+    strategy = averaging(limits=Limits(max_update_norm=1.0), align=align)
     arrays, metrics = a_round(strategy, model, replies_of(states))
     expected, _ = a_round(strategy, model, replies_of({1: states[1], 2: states[2]}))
     assert metrics is not None
@@ -391,9 +389,10 @@ def test_an_update_beyond_the_norm_is_dropped_and_a_permuted_one_is_not(
     line = re.search(r"node 3 dropped: its update has norm (at least )?([\d.]+), at", caplog.text)
     assert line is not None
     # Joint alignment drops it before it aligns anything: the tensors' norms show the distance.
-    assert (line[1] is not None) == ("align_to" not in options)
+    assert (line[1] is not None) == (align.to == "others")
     assert 1 < float(line[2]) <= norm if line[1] else line[2] == f"{norm:.4g}"
-    kept, _ = a_round(averaging(max_update_norm=1.01 * norm, **options), model, replies_of(states))
+    wider = averaging(limits=Limits(max_update_norm=1.01 * norm), align=align)
+    kept, _ = a_round(wider, model, replies_of(states))
     assert kept is not None
     assert not torch.equal(tensors(kept)["0.weight"], tensors(expected)["0.weight"])
 
@@ -401,13 +400,13 @@ def test_an_update_beyond_the_norm_is_dropped_and_a_permuted_one_is_not(
 def test_a_huge_update_beyond_the_norm_does_not_affect_how_others_are_aligned() -> None:
     model, spec = start(), named_spec(NET)
     shuffle = spec.random(torch.Generator().manual_seed(1))
-    states = {1: near(model, 1), 2: spec.apply(shuffle, near(model, 2))}
+    states = {1: nearby(model, 1), 2: spec.apply(shuffle, nearby(model, 2))}
     # All its units are the same: a model matched to it would not be permuted.
     same = {
         key: torch.full_like(value, 1e6) if value.is_floating_point() else value
         for key, value in model.items()
     }
-    strategy = averaging(max_update_norm=1.0)
+    strategy = averaging(limits=Limits(max_update_norm=1.0))
     expected, _ = a_round(strategy, model, replies_of(states))
     arrays, metrics = a_round(strategy, model, replies_of({**states, 3: same}))
     assert metrics is not None
@@ -576,40 +575,42 @@ def robust_strategy(inner: str, **options: Any) -> ReBasinStrategy:
     )
 
 
-def robust(inner: str, align_to: str, states: dict[int, State]) -> State:
-    arrays, _ = a_round(robust_strategy(inner, align_to=align_to), honest()[0], replies_of(states))
+def robust(inner: str, align: WeightMatching, states: dict[int, State]) -> State:
+    arrays, _ = a_round(robust_strategy(inner, align=align), honest()[0], replies_of(states))
     return tensors(arrays)
 
 
 @cache
-def honest_accuracy(inner: str, align_to: str) -> float:
-    return accuracy(robust(inner, align_to, honest()[1]))
+def honest_accuracy(inner: str, align: WeightMatching) -> float:
+    return accuracy(robust(inner, align, honest()[1]))
 
 
-@pytest.mark.parametrize("align_to", ["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 @pytest.mark.parametrize("inner", ROBUST)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_two_of_ten_clients_cannot_harm_a_robust_aggregate(
-    attack: str, inner: str, align_to: str
+    attack: str, inner: str, align: WeightMatching
 ) -> None:
     states = {
         node: ATTACKS[attack](state, node) if node in ATTACKERS else state
         for node, state in honest()[1].items()
     }
-    reached = accuracy(robust(inner, align_to, states))
-    assert honest_accuracy(inner, align_to) > 0.85
-    assert reached >= honest_accuracy(inner, align_to) - 0.02
+    reached = accuracy(robust(inner, align, states))
+    assert honest_accuracy(inner, align) > 0.85
+    assert reached >= honest_accuracy(inner, align) - 0.02
 
 
-@pytest.mark.parametrize("align_to", ["joint", "global"])
+@pytest.mark.parametrize("align", [WeightMatching(), WeightMatching(to="global")], ids=str)
 @pytest.mark.parametrize("inner", ROBUST)
-def test_permuted_honest_models_are_aligned_rather_than_rejected(inner: str, align_to: str) -> None:
+def test_permuted_honest_models_are_aligned_rather_than_rejected(
+    inner: str, align: WeightMatching
+) -> None:
     """All ten clients permute their units, so a robust aggregate alone could not help."""
     states = {node: shuffled(state, node) for node, state in honest()[1].items()}
-    found, wanted = robust(inner, align_to, states), robust(inner, align_to, honest()[1])
+    found, wanted = robust(inner, align, states), robust(inner, align, honest()[1])
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
     # Without alignment the aggregate is much worse.
-    arrays, _ = a_round(robust_strategy(inner, matching="none"), honest()[0], replies_of(states))
+    arrays, _ = a_round(robust_strategy(inner, align=None), honest()[0], replies_of(states))
     if inner != "Krum":  # It selects one model, which still computes the same function.
         assert accuracy(tensors(arrays)) < accuracy(wanted) - 0.1

@@ -37,7 +37,7 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from torch import nn
 from zoo import ZOO
 
@@ -136,7 +136,7 @@ def start(name: str, seed: int = 0) -> State:
 
 
 def neighbours(name: str, state: State, count: int = len(WEIGHTS)) -> list[State]:
-    return [tied(name, near(state, seed)) for seed in range(1, count + 1)]
+    return [tied(name, nearby(state, seed)) for seed in range(1, count + 1)]
 
 
 def permutations(spec: PermutationSpec, count: int, seed: int) -> list[Permutation]:
@@ -465,7 +465,7 @@ def result_of_good_replies(kind: str) -> tuple[ArrayRecord | None, dict[str, Any
 
 
 def bad_reply(change: Callable[[RecordDict], object], kind: str = "real") -> Message:
-    content = content_of(near(start(BAD_NET), 9), 5, loss=2.5)
+    content = content_of(nearby(start(BAD_NET), 9), 5, loss=2.5)
     change(content)
     return KINDS[kind](content, BAD_NODE)
 
@@ -495,7 +495,7 @@ def test_bad_reply_is_dropped_and_named(
 def test_a_node_has_one_reply(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     good = good_replies(kind)
     expected, _ = result_of_good_replies(kind)
-    again = KINDS[kind](content_of(near(start(BAD_NET), 9), 5, loss=2.5), 1)
+    again = KINDS[kind](content_of(nearby(start(BAD_NET), 9), 5, loss=2.5), 1)
     model = ArrayRecord(start(BAD_NET))
     result, metrics = one_round(rebasin(BAD_NET), model, [good[0], again, *good[1:]])
     assert_bitwise(result, expected)

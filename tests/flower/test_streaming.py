@@ -21,11 +21,11 @@ from flwr.serverapp.strategy import (
     FedYogi,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from zoo import ZOO
 
 from fl_rebasin import match_weights
-from fl_rebasin.flower import Checkpointed, ReBasinStrategy
+from fl_rebasin.flower import Checkpointed, ReBasinStrategy, WeightMatching
 
 NETS = ("mlp", "conv-batchnorm-flatten", "residual-batchnorm")
 WEIGHTS = {1: 10, 2: 30, 3: 5, 4: 20}
@@ -57,8 +57,8 @@ def wrapped(name: str, inner: Strategy, **options: object) -> ReBasinStrategy:
         inner,
         model=ZOO[name].build(),
         example_inputs=ZOO[name].inputs(),
-        recalibrate_batchnorm=False,
-        align_to="global",
+        align=WeightMatching(to="global"),
+        finish=[],
         **options,  # type: ignore[arg-type]
     )
 
@@ -68,7 +68,7 @@ def clients(name: str, model: State, server_round: int) -> dict[int, State]:
     spec, found = named_spec(name), {}
     for node in WEIGHTS:
         generator = torch.Generator().manual_seed(10 * server_round + node)
-        found[node] = spec.apply(spec.random(generator), near(model, 10 * server_round + node))
+        found[node] = spec.apply(spec.random(generator), nearby(model, 10 * server_round + node))
     return found
 
 
@@ -128,7 +128,7 @@ def test_each_reply_is_released_once_it_is_read(inner: str, most: int) -> None:
     model = random_state(ZOO[name], 0)
     strategy = wrapped(name, INNER[inner]())
     list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
-    states = {node: near(model, node) for node in range(1, 13)}
+    states = {node: nearby(model, node) for node in range(1, 13)}
     alive: list[int] = []
     replies = watched(replies_of(states), alive)
     arrays, _ = strategy.aggregate_train(1, replies)
@@ -161,13 +161,13 @@ def test_a_reply_with_unusual_metrics_loses_only_the_metrics(
 ) -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)
-    replies = replies_of({node: near(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
-    odd = replies_of({9: near(model, 9)}, {9: 10}, surprise=3.0)
+    replies = replies_of({node: nearby(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
+    odd = replies_of({9: nearby(model, 9)}, {9: 10}, surprise=3.0)
     strategy = wrapped(name, FedAvg())
     list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
     arrays, metrics = strategy.aggregate_train(1, [*odd, *replies])
     plain, _ = FedAvg().aggregate_train(
-        1, [*replies_of({9: near(model, 9)}, {9: 10}, loss=1.0), *replies]
+        1, [*replies_of({9: nearby(model, 9)}, {9: 10}, loss=1.0), *replies]
     )
     assert_same(tensors(arrays), tensors(plain), rtol=1e-5, atol=1e-6)
     assert metrics is not None
@@ -224,7 +224,7 @@ def test_a_run_reads_replies_one_by_one(
     strategy: Strategy = wrapped(name, inner(fraction_evaluate=0.0))
     if checkpoints:
         strategy = Checkpointed(strategy, tmp_path)
-    grid = Mailbox({node: near(model, node) for node in range(1, 13)})
+    grid = Mailbox({node: nearby(model, node) for node in range(1, 13)})
     result = strategy.start(grid, ArrayRecord(model), num_rounds=2, timeout=0.2)  # type: ignore[arg-type]
     assert set(result.train_metrics_clientapp) == {1, 2}
     if inner is FedAvg:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import State, near, random_state, spec_of
+from helpers import State, nearby, random_state, spec_of
 from zoo import ZOO, each_model
 
 from fl_rebasin import Permutation, PermutationSpec, merge_many
@@ -44,7 +44,7 @@ def test_the_solver_moves_no_certified_group(name: str) -> None:
     reference = weights_of(spec, state)
     certified = 0
     for scale in (1e-4, 0.01, 0.03, 0.1, 0.3):
-        models = [weights_of(spec, near(state, seed, scale)) for seed in range(3)]
+        models = [weights_of(spec, nearby(state, seed, scale)) for seed in range(3)]
         found = margins(spec, reference, models, SHARES)
         mean = mean_of(models, SHARES)
         pairs = [(reference, mean)]
@@ -66,7 +66,7 @@ def test_the_solver_moves_no_certified_group(name: str) -> None:
 def test_similar_clients_are_certified_and_unrelated_ones_are_not(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
     reference = weights_of(spec, state)
-    similar = [weights_of(spec, near(state, seed, 1e-4)) for seed in range(3)]
+    similar = [weights_of(spec, nearby(state, seed, 1e-4)) for seed in range(3)]
     for group, margin in margins(spec, reference, similar, SHARES).items():
         assert margin > 1 or group in excluded_groups(spec)
     unrelated = [weights_of(spec, random_state(ZOO[name], seed=seed)) for seed in (2, 3, 4)]
@@ -76,7 +76,7 @@ def test_similar_clients_are_certified_and_unrelated_ones_are_not(name: str) -> 
 def test_half_the_distance_gives_twice_the_margin() -> None:
     spec, state = spec_of(ZOO["mlp"]), random_state(ZOO["mlp"], seed=1)
     reference = weights_of(spec, state)
-    ends = [weights_of(spec, near(state, seed, 0.02)) for seed in range(3)]
+    ends = [weights_of(spec, nearby(state, seed, 0.02)) for seed in range(3)]
     halfway = [{key: (end[key] + reference[key]) / 2 for key in reference} for end in ends]
     far = margins(spec, reference, ends, [0.4, 0.3, 0.3])
     close = margins(spec, reference, halfway, [0.4, 0.3, 0.3])
@@ -106,7 +106,7 @@ def test_nothing_is_certified_if_the_units_of_the_reference_are_equal() -> None:
     flat = {key: torch.ones_like(value) for key, value in weights.items()}
     assert set(margins(spec, flat, [flat, flat], [0.5, 0.5]).values()) == {0.0}
     assert not merge_many(spec, [flat, flat]).moved
-    moved = weights_of(spec, near(flat, 0, 1e-3))
+    moved = weights_of(spec, nearby(flat, 0, 1e-3))
     assert set(margins(spec, flat, [moved, flat], [0.5, 0.5]).values()) == {0.0}
 
 
@@ -123,7 +123,7 @@ def test_values_of_any_size_are_certified_correctly(scale: float) -> None:
 
 def test_certified_clients_need_no_similarity_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, state = spec_of(ZOO["residual-batchnorm"]), random_state(ZOO["residual-batchnorm"], 1)
-    models = [near(state, seed, 1e-3) for seed in range(4)]
+    models = [nearby(state, seed, 1e-3) for seed in range(4)]
     monkeypatch.setattr(Matcher, "best_move", None)
     for unit_order_of in (None, state):
         merge = merge_many(spec, models, unit_order_of=unit_order_of)
@@ -138,7 +138,7 @@ def test_certified_clients_need_no_similarity_matrix(monkeypatch: pytest.MonkeyP
 def test_one_exchanged_pair_of_units_is_restored() -> None:
     name = "vgg"
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
-    models = [near(state, seed, 1e-4) for seed in range(3)]
+    models = [nearby(state, seed, 1e-4) for seed in range(3)]
     group = list(spec.groups)[-1]
     index = torch.arange(spec.groups[group])
     index[[0, 1]] = index[[1, 0]]
@@ -156,7 +156,7 @@ def test_a_single_certified_model_matches_the_reference(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
     reference = weights_of(spec, state)
     for scale in (1e-3, 0.03, 0.1):
-        model = weights_of(spec, near(state, 1, scale))
+        model = weights_of(spec, nearby(state, 1, scale))
         if min(margins(spec, reference, [model], [1.0]).values()) >= 1:
             matcher = Matcher(spec, reference, model)
             assert matcher.descend() == 1

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_same, near, random_order, random_state, shuffled, spec_of
+from helpers import assert_same, nearby, random_order, random_state, shuffled, spec_of
 from torch import nn
 from zoo import ZOO, Entry, each_model
 
@@ -31,7 +31,7 @@ def test_a_planted_permutation_is_undone(name: str, seed: int) -> None:
 def test_a_planted_permutation_is_undone_under_noise(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
     planted = random_order(spec, 1)
-    match = match_weights(spec, state, spec.apply(planted, near(state, 0, scale=0.05)))
+    match = match_weights(spec, state, spec.apply(planted, nearby(state, 0, scale=0.05)))
     assert match.permutation.compose(planted).is_identity
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same, lively, random_inputs, run, spec_of, state_of
+from helpers import assert_same, generic, random_inputs, run, spec_of, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -27,7 +27,7 @@ def test_the_groups_are_those_of_the_architecture(name: str) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_permuted_model_computes_the_same_function(name: str, training: bool) -> None:
     entry = ZOO[name]
-    spec, model = spec_of(entry), lively(entry, seed=1)
+    spec, model = spec_of(entry), generic(entry, seed=1)
     inputs, state = random_inputs(entry, seed=2), state_of(model)
     outputs, after = run(model, state, inputs, training)
     for seed in range(3):
@@ -42,7 +42,7 @@ def test_a_permuted_model_computes_the_same_function(name: str, training: bool) 
 @each_model
 def test_each_group_moves_a_tensor(name: str) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     for group, size in spec.groups.items():
         swap = torch.arange(size)
         swap[:2] = torch.tensor([1, 0])
@@ -54,7 +54,7 @@ def test_each_group_moves_a_tensor(name: str) -> None:
 @given(name=st.sampled_from(sorted(ZOO)), one=st.integers(0, 999), two=st.integers(0, 999))
 def test_invert_and_compose(name: str, one: int, two: int) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     first, second = random_permutation(spec, one), random_permutation(spec, two)
     assert_same(spec.apply(first.invert(), spec.apply(first, state)), state, rtol=0, atol=0)
     assert first.compose(first.invert()).is_identity
@@ -65,7 +65,7 @@ def test_invert_and_compose(name: str, one: int, two: int) -> None:
 @each_model
 def test_apply_does_not_change_its_input_and_keeps_dtypes(name: str) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     before = {key: value.clone() for key, value in state.items()}
     moved = spec.apply(random_permutation(spec, 0), state)
     assert_same(state, before, rtol=0, atol=0)
