@@ -289,7 +289,9 @@ def payload(data: bytes) -> Callable[[Answer], Answer]:
     return tampered(lambda content: put_payload(content, "answer", FIRST, data))
 
 
-def labelled(dtype: str = "int64", shape: Any = (7,), stype: str = PACKED.stype) -> Any:
+def labelled(
+    dtype: str = "int64", shape: tuple[int, ...] = (7,), stype: str = PACKED.stype
+) -> Callable[[Answer], Answer]:
     """A valid payload whose label says something else."""
 
     def change(content: RecordDict) -> None:
