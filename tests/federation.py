@@ -137,6 +137,7 @@ def federation(
     data: Mapping[int, Iterable[Any]],
     held_back: Mapping[int, Iterable[Any]] | None = None,
     odd: Callable[[Answer], Answer | None] | None = None,
+    more: Iterable[Question] = (),
 ) -> Federation:
     """Clients that answer every question on their data.
 
@@ -145,10 +146,11 @@ def federation(
         data: batches of each node.
         held_back: held-back batches of each node, for the guard.
         odd: replaces the client of `ODD_NODE`; None for an honest one.
+        more: further questions that the clients answer.
     """
     build = entry_of(net).build
     apps: dict[int, Answer | None] = {
-        node: client(build, batches, None if held_back is None else held_back[node])
+        node: client(build, batches, None if held_back is None else held_back[node], more)
         for node, batches in data.items()
     }
     if odd is not None:
