@@ -103,7 +103,7 @@ class ReBasinStrategy(WrappedStrategy):
         _check_kind("align", align, "WeightMatching()", hasattr(align, "align") or align is None)
         _check_kind("guard", guard, "Guard()", isinstance(guard, Guard) or guard is None)
         _check_kind("limits", limits, "Limits(min_replies=2)", isinstance(limits, Limits))
-        if not isinstance(finish, Sequence):
+        if isinstance(finish, str) or not isinstance(finish, Sequence):
             raise TypeError(f"finish is {finish!r}: give a list of steps, such as [BatchNorm()]")
         self.model = model
         self.align = align

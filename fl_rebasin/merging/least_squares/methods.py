@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -37,9 +38,10 @@ def _check_fit_options(max_features: int, ridge: float, label_counts: str | None
             f"max_features is {max_features!r}: give a positive integer, or use Repair() to "
             "rescale all layers"
         )
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge is {ridge}: it must be finite and not negative")
-    check_metric_name(label_counts)
+    if not isinstance(ridge, Real) or not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge is {ridge!r}: it must be finite and not negative")
+    if label_counts is not None:
+        check_metric_name(label_counts)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Repair:
     needs_models: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_metric_name(self.label_counts)
+        if self.label_counts is not None:
+            check_metric_name(self.label_counts)
 
     def messages(self, model: nn.Module, inputs: Any) -> list[list[Step]]:
         """Return the steps of each message: one."""
