@@ -159,6 +159,37 @@ def test_without_valid_label_counts_the_head_is_the_plain_average(
         assert re.match(rf"label counts of node \d+ dropped: {words}", line), line
 
 
+def test_invalid_label_counts_are_logged_once_for_all_steps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    finish = [LeastSquares(label_counts="labels"), ClassAwareHead("labels")]
+    models, global_model = strangers(NET, WEIGHTS), random_state(ZOO[NET], 0)
+    counts = {**LABELS, 2: [0, -3, 20, 1]}
+    strategy = strategy_for(NET, finish=finish)
+    result, metrics = run_round(
+        strategy, world_of(NET), global_model, models, WEIGHTS, labels=counts
+    )
+    (line,) = dropped(caplog)
+    assert line.startswith("label counts of node 2 dropped: ")
+    assert metrics["least-squares-clients"] == len(WEIGHTS)
+    # The fit sets the hidden layers, the class-aware head the last layer.
+    fitted, _ = run_round(
+        strategy_for(NET, finish=finish[:1]),
+        world_of(NET),
+        global_model,
+        models,
+        WEIGHTS,
+        labels=counts,
+    )
+    expected, _ = headed({node: each for node, each in LABELS.items() if node != 2})
+    assert_same(
+        result,
+        {**fitted, "6.weight": expected["6.weight"], "6.bias": expected["6.bias"]},
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 # A step of a user's own
 
 
