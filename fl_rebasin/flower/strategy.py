@@ -28,7 +28,7 @@ from fl_rebasin.flower.replies import (
 )
 from fl_rebasin.flower.round import Round
 from fl_rebasin.flower.round_clients import RoundClients
-from fl_rebasin.flower.streaming import sum_one_by_one, takes_only_the_mean
+from fl_rebasin.flower.streaming import needs_only_the_mean, sum_one_by_one
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs, total_costs
@@ -129,7 +129,7 @@ class ReBasinStrategy(WrappedStrategy):
             and self.align.one_by_one
             and self.guard is None
             and not self._finishing.needs_models
-            and takes_only_the_mean(self.strategy)
+            and needs_only_the_mean(self.strategy)
         )
 
     @property

@@ -20,7 +20,6 @@ from fl_rebasin import LeastSquares, RegMean, Repair, fit_least_squares
 from fl_rebasin.forward import Moments
 from fl_rebasin.merging.batchnorm import batchnorm_statistics, recentred
 from fl_rebasin.merging.least_squares import layers
-from fl_rebasin.merging.least_squares.methods import regmean_sums
 from fl_rebasin.merging.least_squares.plan import plan
 from fl_rebasin.merging.least_squares.steps import (
     RIDGE,
@@ -30,6 +29,7 @@ from fl_rebasin.merging.least_squares.steps import (
     Step,
     add_up,
 )
+from fl_rebasin.merging.least_squares.sums import regmean_sums
 from fl_rebasin.state_dicts import average
 
 State = dict[str, Tensor]
