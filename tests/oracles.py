@@ -62,6 +62,27 @@ def best_block_gain(gain: Tensor, within: Mapping[str, Tensor]) -> float:
     )
 
 
+def best_gain_of_pairs(pairs: Mapping[str, Tensor]) -> float:
+    """As `best_block_gain` without the gain of the blocks, by the best order for each pair."""
+    count = len(next(iter(pairs.values())))
+
+    def best(pair: Tensor) -> float:
+        places = range(len(pair))
+        return max(
+            sum(float(pair[place, unit]) for place, unit in enumerate(order))
+            for order in itertools.permutations(places)
+        )
+
+    gains = [
+        [sum(best(each[i, j]) for each in pairs.values()) for j in range(count)]
+        for i in range(count)
+    ]
+    return max(
+        sum(gains[place][block] for place, block in enumerate(order))
+        for order in itertools.permutations(range(count))
+    )
+
+
 def block_gain(
     gain: Tensor,
     within: Mapping[str, Tensor],

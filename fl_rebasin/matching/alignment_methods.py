@@ -181,14 +181,14 @@ class _Descent:
         self._add_to_mean(matcher.weights, share)
         self.permutations[place] = matcher.permutation
         self._pending[place] = set(matcher.pending)
-        self._notify_others(place, before, matcher)
+        self._mark_pending(place, before, matcher)
 
     def _add_to_mean(self, weights: Mapping[str, Tensor], share: float) -> None:
         for key, value in weights.items():
             self._mean[key].add_(value.to(self._models.precision), alpha=share)
 
-    def _notify_others(self, place: int, before: Permutation, matcher: Matcher) -> None:
-        """Let the other models solve the groups that changed, and the neighbours of these."""
+    def _mark_pending(self, place: int, before: Permutation, matcher: Matcher) -> None:
+        """Mark the groups that changed, and their neighbours, as pending for the other models."""
         changed = [
             name
             for name, index in matcher.permutation.indices.items()

@@ -75,7 +75,7 @@ class _Evidence:
                 self._add(key, self.matcher.incidence.groups[key].keys() - {group})
 
     def _make_usable(self, key: str) -> None:
-        """Let a tensor count for the last one of its groups that is not matched."""
+        """Use a tensor to match the only one of its groups that is not matched yet."""
         (last,) = self._unmatched[key]
         # A group on two axes of one tensor: its products follow an arbitrary order themselves.
         incidence = self.matcher.incidence

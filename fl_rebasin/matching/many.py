@@ -68,7 +68,8 @@ def align_many(
         spec: spec of all models.
         state_dicts: the models.
         weights: one weight for each model, on any scale; equal weights by default.
-        unit_order_of: the model whose unit order the aligned models take; by default the heaviest.
+        unit_order_of: the model whose unit order the aligned models take; by default the heaviest
+            one.
         start: permutations to begin with. With a start, `method` is ignored, and each model is
             matched to the mean of the others.
         method: as for `merge_many`.

@@ -30,8 +30,6 @@ from federation import (
     tensors,
     vast,
 )
-from fl_rebasin.flower.round_clients import RoundClients
-from fl_rebasin.merging.finishing_step import Finished
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -42,7 +40,9 @@ from zoo import ZOO, Entry
 
 from fl_rebasin.flower import BatchNorm, ReBasinStrategy, add_rebasin_handlers
 from fl_rebasin.flower.questions import TIMEOUT
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.batchnorm import MAX_MEAN, MAX_VARIANCE
+from fl_rebasin.merging.finishing_step import Finished
 
 BARE = Entry(lambda: nn.BatchNorm1d(3), lambda: torch.zeros(2, 3), ())
 NETS: dict[str, Net] = {

@@ -27,7 +27,6 @@ from federation import (
     strategy_for,
     tensors,
 )
-from fl_rebasin.merging.finishing_step import Finish, Finished
 from flwr.app import ArrayRecord, RecordDict
 from helpers import State, assert_same, named_spec, nearby, random_state
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from zoo import ZOO
 
 from fl_rebasin.flower import BatchNorm, ClassAwareHead, Guard, LeastSquares, ReBasinStrategy
 from fl_rebasin.merging.clients import Clients, Question, Request, Tensors
+from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.merging.heads import class_aware_head
 from fl_rebasin.merging.merge_many import merge_many
 from fl_rebasin.state_dicts import StateDict

@@ -479,7 +479,7 @@ INVALID: dict[str, tuple[Answer | None, str]] = {
     "int32-count": (count(np.array([5], np.int32)), r"\[5\] is not a number of examples"),
     "uint64-count": (count(np.array([5], np.uint64)), r"\[5\] is not a number of examples"),
     "complex-count": (count([5j]), r"\[5j\] is not a number of examples"),
-    "text-count": (count(["5"]), "count: its payload is of dtype <U1, which is no number"),
+    "text-count": (count(["5"]), "count: its payload has dtype <U1, which is not a number"),
     "other-endian-count": (count(np.array([5], ">i8")), "byte order"),
     "no-count": (without("count"), "'count' is missing"),
     "no-losses": (without("losses"), "'losses' is missing"),
@@ -510,11 +510,11 @@ INVALID: dict[str, tuple[Answer | None, str]] = {
         ),
         "'answer' is missing",
     ),
-    "pickle": (payload("losses", pickle.dumps([9.0, 1.0, 9.0])), "no array in NumPy's format"),
-    "garbage": (payload("count", b"garbage"), "no array in NumPy's format"),
-    "no-bytes": (payload("losses", b""), "no array in NumPy's format"),
-    "vast": (payload("losses", vast()), "80000000000000 bytes, and holds 0"),
-    "vast-count": (payload("count", vast("<i8")), "80000000000000 bytes, and holds 0"),
+    "pickle": (payload("losses", pickle.dumps([9.0, 1.0, 9.0])), "not an array in NumPy's format"),
+    "garbage": (payload("count", b"garbage"), "not an array in NumPy's format"),
+    "no-bytes": (payload("losses", b""), "not an array in NumPy's format"),
+    "vast": (payload("losses", vast()), "80000000000000 bytes, but holds 0"),
+    "vast-count": (payload("count", vast("<i8")), "80000000000000 bytes, but holds 0"),
 }
 
 

@@ -31,8 +31,6 @@ from federation import (
     strategy_for,
     vast,
 )
-from fl_rebasin.flower.round_clients import RoundClients
-from fl_rebasin.merging.finishing_step import Finished, FinishingStep
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvgM
@@ -42,6 +40,8 @@ from zoo import ZOO, Entry
 
 from fl_rebasin.flower import BatchNorm, LeastSquares, RegMean, Repair
 from fl_rebasin.flower.questions import TIMEOUT
+from fl_rebasin.flower.round_clients import RoundClients
+from fl_rebasin.merging.finishing_step import Finished, FinishingStep
 from fl_rebasin.merging.heads import without_label_prior
 from fl_rebasin.merging.least_squares import fit_least_squares
 from fl_rebasin.merging.least_squares.plan import plan

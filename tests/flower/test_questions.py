@@ -25,7 +25,6 @@ from federation import (
     strangers,
     strategy_for,
 )
-from fl_rebasin.flower.round_clients import RoundClients
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -47,6 +46,7 @@ from fl_rebasin.flower import (
 )
 from fl_rebasin.flower.handlers import QUESTIONS
 from fl_rebasin.flower.questions import action_of, answer_with, ask
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.clients import Question, Request
 
 
@@ -147,7 +147,7 @@ def test_every_invalid_answer_is_logged_with_its_reason(caplog: pytest.LogCaptur
         r"echo of node 4 dropped: too cold" + hint,
         r"echo of node 5 dropped: No query function .* 'rebasin_echo_of_values'" + hint,
         r"echo of node 6 dropped: 'answer' is missing" + hint,
-        r"echo of node 7 dropped: values: its payload is of dtype <U1, which is no number" + hint,
+        r"echo of node 7 dropped: values: its payload has dtype <U1, which is not a number" + hint,
         r"echo of node 3 dropped: no answer$",
     ]
     lines = dropped(caplog)
