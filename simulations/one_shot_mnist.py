@@ -25,6 +25,7 @@ from rich.console import Console
 
 SPLITS = {"iid": "iid", "dirichlet-0.5": "dirichlet:0.5", "dirichlet-0.1": "dirichlet:0.1"}
 MERGE_MANY = "merge-many-5"
+EPOCHS = 30
 SMALL = Recipe(3e-3, 3e-3, batch_size=50, flip=False)
 FULL = Recipe(1e-3, 1e-3, batch_size=500, flip=False)
 
@@ -52,7 +53,7 @@ def settings_of(name: str, options: argparse.Namespace) -> Settings:
         clients=5,
         init="different",
         rounds=1,
-        epochs=30,
+        epochs=EPOCHS,
         round_epochs=1,
         model="mlp2",
         width=128,

@@ -63,11 +63,7 @@ def simulate(
                 client_app=make_client_app(settings, progress, threads),
                 num_supernodes=settings.clients,
                 backend_config={
-                    "init_args": {
-                        "num_cpus": cores,
-                        "log_to_driver": False,
-                        "include_dashboard": False,
-                    },
+                    "init_args": {"num_cpus": cores, "log_to_driver": False},
                     "client_resources": {"num_cpus": threads, "num_gpus": gpu_share},
                 },
             )
