@@ -35,7 +35,7 @@ from machine import versions
 from torchvision.models import resnet18
 
 from fl_rebasin import ReBasinStrategy
-from fl_rebasin.flower.lazy_grid import OneByOne
+from fl_rebasin.flower.lazy_grid import LazyGrid
 
 CASES = {
     "FedAvg alone": ("", False),
@@ -130,7 +130,7 @@ def measure(case: str, clients: int) -> dict[str, float]:
     started = time.perf_counter()
     nodes: Any = range(1, clients + 1)
     lazy = bool(align_to) and strategy._streams
-    replies = OneByOne(grid, lazy=lazy).send_and_receive(nodes, timeout=1.0)
+    replies = LazyGrid(grid, lazy=lazy).send_and_receive(nodes, timeout=1.0)
     result, _ = strategy.aggregate_train(1, replies if align_to else list(replies))
     seconds = time.perf_counter() - started
     done = True

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.straight_through import match_straight_through
 from fl_rebasin.matching.weights import Match, match_weights
-from fl_rebasin.merging.batchnorm import recalibrate_batchnorm
-from fl_rebasin.merging.heads import class_aware_head
-from fl_rebasin.merging.least_squares import fit_least_squares
+from fl_rebasin.merging.batchnorm import BatchNorm, recalibrate_batchnorm
+from fl_rebasin.merging.heads import ClassAwareHead, class_aware_head
+from fl_rebasin.merging.least_squares import LeastSquares, RegMean, Repair, fit_least_squares
 from fl_rebasin.merging.merge_many import Merge, merge_many
 from fl_rebasin.metrics import Barrier, barrier
 from fl_rebasin.state_dicts import interpolate
@@ -24,11 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Barrier",
+    "BatchNorm",
+    "ClassAwareHead",
+    "LeastSquares",
     "Match",
     "Merge",
     "Permutation",
     "PermutationSpec",
     "ReBasinStrategy",
+    "RegMean",
+    "Repair",
     "SpecError",
     "barrier",
     "class_aware_head",

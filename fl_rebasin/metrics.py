@@ -21,31 +21,31 @@ class Barrier:
     """How much worse a quantity is between two models than the straight line says.
 
     Attributes:
-        height: max over lambda of `L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`, at least 0.
+        value: max over lambda of `L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`, at least 0.
         lambdas: the points, from 0 to 1.
-        values: `L` at each point.
+        losses: `L` at each point.
     """
 
-    height: float
+    value: float
     lambdas: tuple[float, ...]
-    values: tuple[float, ...]
+    losses: tuple[float, ...]
 
     @property
     def midpoint(self) -> float:
         """`L` halfway."""
-        return self.values[len(self.values) // 2]
+        return self.losses[len(self.losses) // 2]
 
 
-def height(values: Sequence[float]) -> float:
+def barrier_of(losses: Sequence[float]) -> float:
     """Return the barrier of a curve over equally spaced points; of its values less is better.
 
     It is infinite where a value is not finite.
     """
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, losses)):
         return math.inf
-    last = len(values) - 1
-    line = [values[0] + (values[-1] - values[0]) * place / last for place in range(last + 1)]
-    return max(0.0, *(value - below for value, below in zip(values, line, strict=True)))
+    last = len(losses) - 1
+    line = [losses[0] + (losses[-1] - losses[0]) * place / last for place in range(last + 1)]
+    return max(0.0, *(loss - below for loss, below in zip(losses, line, strict=True)))
 
 
 def barrier(
@@ -69,14 +69,14 @@ def barrier(
 
     Example:
         >>> zero, two = {"x": torch.zeros(1)}, {"x": 2 * torch.ones(1)}
-        >>> barrier(lambda model: 1 - float(abs(model["x"] - 1)), zero, two).height
+        >>> barrier(lambda model: 1 - float(abs(model["x"] - 1)), zero, two).value
         1.0
     """
     if points < 3 or points % 2 == 0:
         raise ValueError(f"a barrier needs an odd number of points, at least 3, got {points}")
     lambdas = tuple(place / (points - 1) for place in range(points))
-    values = tuple(float(loss(interpolate(left, right, lam))) for lam in lambdas)
-    return Barrier(height(values), lambdas, values)
+    losses = tuple(float(loss(interpolate(left, right, lam))) for lam in lambdas)
+    return Barrier(barrier_of(losses), lambdas, losses)
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_rebasin import barrier
-from fl_rebasin.metrics import accuracy, expected_calibration_error, height, log_loss
+from fl_rebasin.metrics import accuracy, barrier_of, expected_calibration_error, log_loss
 
 
 def test_the_barrier_of_a_parabola() -> None:
@@ -18,24 +18,24 @@ def test_the_barrier_of_a_parabola() -> None:
         {"x": torch.tensor(0.0, dtype=torch.float64)},
         {"x": torch.tensor(2.0, dtype=torch.float64)},
     )
-    assert found.height == pytest.approx(1)
+    assert found.value == pytest.approx(1)
     assert found.midpoint == pytest.approx(1)
-    assert len(found.lambdas) == len(found.values) == 25
+    assert len(found.lambdas) == len(found.losses) == 25
     assert found.lambdas[0] == 0
     assert found.lambdas[-1] == 1
 
 
 @given(st.lists(st.floats(-10, 10), min_size=3, max_size=9))
-def test_height_is_at_least_zero_and_ignores_a_tilt(values: list[float]) -> None:
-    assert height(values) >= 0
+def test_a_barrier_is_at_least_zero_and_ignores_a_tilt(values: list[float]) -> None:
+    assert barrier_of(values) >= 0
     tilted = [value + 3 * place for place, value in enumerate(values)]
-    assert height(tilted) == pytest.approx(height(values), abs=1e-9)
+    assert barrier_of(tilted) == pytest.approx(barrier_of(values), abs=1e-9)
 
 
 def test_a_line_has_no_barrier() -> None:
-    assert height([3.0, 2.0, 1.0]) == 0
-    assert height([1.0, 0.0, 1.0]) == 0
-    assert height([0.0, 2.0, 1.0]) == 1.5
+    assert barrier_of([3.0, 2.0, 1.0]) == 0
+    assert barrier_of([1.0, 0.0, 1.0]) == 0
+    assert barrier_of([0.0, 2.0, 1.0]) == 1.5
 
 
 def test_too_few_points_are_refused() -> None:
@@ -46,7 +46,7 @@ def test_too_few_points_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_diverged_curve_is_no_barrier_of_zero(value: float) -> None:
-    assert height([0.0, value, 0.0]) == math.inf
+    assert barrier_of([0.0, value, 0.0]) == math.inf
 
 
 @settings(deadline=None)

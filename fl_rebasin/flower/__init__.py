@@ -1,30 +1,33 @@
-"""The part that speaks Flower: strategies for a ServerApp, handlers for a ClientApp."""
+"""Flower: the strategy for a ServerApp, the handlers and the mod for a ClientApp."""
 
-from fl_rebasin.flower.batchnorm import (
-    BatchNormRecalibration,
-    add_batchnorm_handler,
-    recalibrate_on_clients,
-)
-from fl_rebasin.flower.checkpoint.files import Checkpoint, load_checkpoint
-from fl_rebasin.flower.guard import add_guard_handler
+from fl_rebasin.flower.align import ActivationMatching, StraightThrough, WeightMatching
+from fl_rebasin.flower.checkpoint import Checkpoint, Checkpointed, load_checkpoint
+from fl_rebasin.flower.guard import Guard
 from fl_rebasin.flower.handlers import add_rebasin_handlers
-from fl_rebasin.flower.least_squares import add_least_squares_handler
-from fl_rebasin.flower.matching import add_matching_handler
+from fl_rebasin.flower.limits import Limits
 from fl_rebasin.flower.mod import rebasin_mod
 from fl_rebasin.flower.strategy import ReBasinStrategy
 from fl_rebasin.flower.wrapper import WrappedStrategy
+from fl_rebasin.merging.batchnorm import BatchNorm
+from fl_rebasin.merging.heads import ClassAwareHead
+from fl_rebasin.merging.least_squares import LeastSquares, RegMean, Repair
 
 __all__ = [
-    "BatchNormRecalibration",
+    "ActivationMatching",
+    "BatchNorm",
     "Checkpoint",
+    "Checkpointed",
+    "ClassAwareHead",
+    "Guard",
+    "LeastSquares",
+    "Limits",
     "ReBasinStrategy",
+    "RegMean",
+    "Repair",
+    "StraightThrough",
+    "WeightMatching",
     "WrappedStrategy",
-    "add_batchnorm_handler",
-    "add_guard_handler",
-    "add_least_squares_handler",
-    "add_matching_handler",
     "add_rebasin_handlers",
     "load_checkpoint",
     "rebasin_mod",
-    "recalibrate_on_clients",
 ]

@@ -1,135 +1,336 @@
-"""A round's replies, brought into one basin: on the server, and on the clients where asked."""
+"""How a round is aligned: a permutation for each client's model, found here or by the clients."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from logging import INFO
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
-from flwr.serverapp import Grid
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore import log
+from torch import nn
 
-from fl_rebasin.flower.matching import match_on_clients
+from fl_rebasin.flower.questions import ask
 from fl_rebasin.flower.replies import ClientModel
-from fl_rebasin.matching.certificate import Reference
-from fl_rebasin.matching.many import align_many, all_still, heaviest, into_gauge, mean_similarities
+from fl_rebasin.flower.round import Round
+from fl_rebasin.matching.activations import match_activations
+from fl_rebasin.matching.many import (
+    Alignment,
+    align_many,
+    all_identity,
+    heaviest,
+    mean_similarities,
+    restore_unit_order,
+)
 from fl_rebasin.matching.objective import weights_of
+from fl_rebasin.matching.straight_through import match_straight_through
 from fl_rebasin.matching.weights import match_to, match_weights
-from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.merging.clients import Question, Request, Tensors
+from fl_rebasin.symmetry.serialization import spec_from_json, spec_to_json
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
-Matching: TypeAlias = Literal[
-    "none", "weights", "activations", "activations-then-weights", "straight-through"
-]
-AlignTo: TypeAlias = Literal["joint", "global"]
 Metrics: TypeAlias = dict[str, float | int]
 
 
 @dataclass(frozen=True)
-class Aligner:
-    """How one round is aligned.
+class Aligned:
+    """How a round's models are permuted.
 
     Attributes:
-        spec: spec of all models.
-        gauge: the global model, whose unit order the aligned models take.
-        matching: as for `ReBasinStrategy`.
-        align_to: as for `ReBasinStrategy`.
-        grid: how to ask the clients; None: they are not asked.
+        permutations: one for each client.
+        metrics: what the alignment did, for the round's metrics.
     """
 
-    spec: PermutationSpec
-    gauge: StateDict
-    matching: Matching
-    align_to: AlignTo
-    grid: Grid | None
+    permutations: list[Permutation]
+    metrics: Metrics = field(default_factory=dict)
 
-    @cached_property
-    def _around(self) -> Reference:
-        return Reference(self.spec, weights_of(self.spec, self.gauge))
 
-    def to_global(self, client: ClientModel) -> Permutation:
-        """Match a model to the global one."""
-        if self.matching == "none":
-            return self.spec.identity()
-        return match_to(self._around, weights_of(self.spec, client.state_dict))[0]
+class AlignmentMethod(Protocol):
+    """How a round is aligned: a small frozen object, checked when it is made."""
 
-    def align(self, clients: Sequence[ClientModel]) -> tuple[list[Permutation], Metrics]:
-        """Return a permutation for each client, and what the alignment did."""
-        if self.matching == "none":
-            return [self.spec.identity() for _ in clients], {}
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each model is aligned without the others, by `align_one`."""
+
+    def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
+        """Return a permutation for each client's model."""
+
+    def align_one(self, current: Round, client: ClientModel) -> Permutation:
+        """Return the permutation of one model; only called if `one_by_one`."""
+
+
+@dataclass(frozen=True)
+class WeightMatching:
+    """Matches units by their weights, on the server.
+
+    Attributes:
+        to: `"others"` aligns the models to one another (MergeMany), wherever they lie, and the
+            result to the unit order of the global model. `"global"` aligns each model to the global
+            model alone, for rounds that go on from a trained model: no client has a say in how
+            another one is aligned, and the server needs to hold one model at a time.
+
+    Source: Git Re-Basin, sections 3.2 and 4 (Algorithms 1 and 3).
+    """
+
+    to: Literal["others", "global"] = "others"
+
+    def __post_init__(self) -> None:
+        if self.to not in (known := ("others", "global")):
+            raise ValueError(f"unknown to={self.to!r}: use one of {', '.join(known)}")
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each model is aligned without the others."""
+        return self.to == "global"
+
+    def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
+        """Return a permutation for each client's model."""
         started = time.perf_counter()
-        models = [client.state_dict for client in clients]
-        weights = [client.weight for client in clients]
-        sweeps, own = 0, Metrics()
-        if self.align_to == "global":
-            orders = [self.to_global(client) for client in clients]
-        else:
-            found = align_many(self.spec, models, weights, self.gauge)
-            orders, sweeps = list(found.permutations), found.sweeps
-            own["rebasin-margin"] = min(found.margins.values(), default=1.0)
-        if self.matching != "weights" and not all_still(orders) and self.grid is not None:
-            matched, asked = self._match_on_clients(clients, self.grid)
-            own |= asked
-            if self.matching == "activations-then-weights":
-                found = align_many(self.spec, models, weights, self.gauge, matched)
-            else:
-                found = into_gauge(self.spec, models, weights, matched, self.gauge)
-            orders, sweeps = list(found.permutations), sweeps + found.sweeps
-        units = sum(permutation.moved for permutation in orders)
-        if own.get("rebasin-margin", 0.0) < 1:
-            before, after = mean_similarities(self.spec, models, orders, weights)
-            own = {
-                "rebasin-similarity-before": before,
-                "rebasin-similarity-after": after,
-                **own,
-            }
-        seconds = time.perf_counter() - started
-        log(
-            INFO,
-            "aligned %s models: %s, %s units moved, %.2f s",
-            len(models),
-            f"similarity {before:.3f} -> {after:.3f}"
-            if "rebasin-similarity-after" in own
-            else f"nothing to be done, margin {own['rebasin-margin']:.1f}",
-            *(units, seconds),
-        )
-        return orders, {
-            **own,
-            "rebasin-units-moved": units,
-            "rebasin-sweeps": sweeps,
-            "rebasin-seconds": seconds,
+        if self.one_by_one:
+            permutations = [self.align_one(current, client) for client in clients]
+            return _measured(current, clients, permutations, {"rebasin-sweeps": 0}, started)
+        found = _jointly(current, clients)
+        return _measured(current, clients, list(found.permutations), _metrics_of(found), started)
+
+    def align_one(self, current: Round, client: ClientModel) -> Permutation:
+        """Match a model to the global one."""
+        return match_to(current.reference, weights_of(current.spec, client.state_dict))[0]
+
+
+@dataclass(frozen=True)
+class ActivationMatching:
+    """Matches units by their activations: each client matches its model on its own data.
+
+    The reference is the model of the client with the most examples. Where no unit needs to move,
+    the clients are not asked.
+
+    Attributes:
+        then_weights: let weight matching of all models go on from there.
+
+    Source: Git Re-Basin, section 3.1.
+    """
+
+    then_weights: bool = False
+
+    @property
+    def one_by_one(self) -> bool:
+        """Clients match their models to that of another client."""
+        return False
+
+    def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
+        """Return a permutation for each client's model."""
+        config = {"method": "activations"}
+        return _align_on_clients(current, clients, config, self.then_weights)
+
+    def align_one(self, current: Round, client: ClientModel) -> Permutation:
+        """Raise `TypeError`: this method needs all models."""
+        raise TypeError("activation matching aligns all models of a round together")
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Learns each permutation by the loss of the merged model, on the client's own labelled data.
+
+    The reference is the model of the client with the most examples.
+
+    Attributes:
+        epochs: passes over the client's batches.
+        learning_rate: step size of Adam.
+
+    Source: Git Re-Basin, section 3.3 (Algorithm 2).
+    """
+
+    epochs: int = 1
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            raise ValueError(f"epochs must be a positive integer, got {self.epochs!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+
+    @property
+    def one_by_one(self) -> bool:
+        """Clients match their models to that of another client."""
+        return False
+
+    def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
+        """Return a permutation for each client's model."""
+        config = {
+            "method": "straight-through",
+            "epochs": self.epochs,
+            "learning-rate": self.learning_rate,
         }
+        return _align_on_clients(current, clients, config, then_weights=False)
 
-    def _match_on_clients(
-        self, clients: Sequence[ClientModel], grid: Grid
-    ) -> tuple[list[Permutation], Metrics]:
-        """Let clients match their models to the heaviest; those that fail are matched here."""
-        reference = clients[heaviest([client.weight for client in clients])]
-        models = {client.node: client.state_dict for client in clients}
-        found, metrics = match_on_clients(
-            *(grid, self.spec, models, reference.node),
-            "straight-through" if self.matching == "straight-through" else "activations",
-        )
-        return [
-            found[client.node]
-            if client.node in found
-            else match_weights(self.spec, reference.state_dict, client.state_dict).permutation
-            for client in clients
-        ], metrics
+    def align_one(self, current: Round, client: ClientModel) -> Permutation:
+        """Raise `TypeError`: this method needs all models."""
+        raise TypeError("straight-through matching aligns all models of a round together")
 
-    def alternatives(
-        self, clients: Sequence[ClientModel], orders: Sequence[Permutation]
-    ) -> dict[str, list[Permutation]]:
-        """Return what else could be averaged than the aligned models."""
-        others = {"naive": [self.spec.identity() for _ in clients]}
-        if len(clients) > 2:
+
+def to_reference(current: Round, clients: Sequence[ClientModel]) -> list[Permutation]:
+    """Return the permutations that match all models to the heaviest one, by their weights."""
+    return list(_jointly(current, clients, method="reference").permutations)
+
+
+def _jointly(current: Round, clients: Sequence[ClientModel], **options: Any) -> Alignment:
+    models = [client.state_dict for client in clients]
+    weights = [client.weight for client in clients]
+    return align_many(current.spec, models, weights, unit_order_of=current.global_model, **options)
+
+
+def _metrics_of(found: Alignment) -> Metrics:
+    return {
+        "rebasin-margin": min(found.margins.values(), default=1.0),
+        "rebasin-sweeps": found.sweeps,
+    }
+
+
+def _align_on_clients(
+    current: Round,
+    clients: Sequence[ClientModel],
+    config: dict[str, Any],
+    then_weights: bool,
+) -> Aligned:
+    """Let the clients match their models, unless a proof shows that no unit needs to move."""
+    started = time.perf_counter()
+    found = _jointly(current, clients)
+    metrics = _metrics_of(found)
+    if not all_identity(found.permutations):
+        matched, asked = _match_on_clients(current, clients, config)
+        if then_weights:
+            found = _jointly(current, clients, start=matched)
+        else:
             models = [client.state_dict for client in clients]
             weights = [client.weight for client in clients]
-            found = align_many(self.spec, models, weights, self.gauge, method="reference")
-            to_heaviest = list(found.permutations)
-            if to_heaviest != list(orders) and not all_still(to_heaviest):
-                others["reference"] = to_heaviest
-        return others
+            found = restore_unit_order(current.spec, models, weights, matched, current.global_model)
+        sweeps = int(metrics["rebasin-sweeps"]) + found.sweeps
+        metrics = {**metrics, "rebasin-sweeps": sweeps, **asked}
+    return _measured(current, clients, list(found.permutations), metrics, started)
+
+
+def _measured(
+    current: Round,
+    clients: Sequence[ClientModel],
+    permutations: list[Permutation],
+    metrics: Metrics,
+    started: float,
+) -> Aligned:
+    """Add to the metrics of an alignment what it did, and log it in one line."""
+    units = sum(permutation.moved for permutation in permutations)
+    margin = metrics.get("rebasin-margin", 0.0)
+    summary = f"nothing to do, margin {margin:.1f}"
+    if margin < 1:
+        models = [client.state_dict for client in clients]
+        weights = [client.weight for client in clients]
+        before, after = mean_similarities(current.spec, models, permutations, weights)
+        summary = f"similarity {before:.3f} -> {after:.3f}"
+        metrics = {
+            "rebasin-similarity-before": before,
+            "rebasin-similarity-after": after,
+            **metrics,
+        }
+    seconds = time.perf_counter() - started
+    log(
+        INFO,
+        "aligned %s models: %s, %s units moved, %.2f s",
+        len(clients),
+        summary,
+        units,
+        seconds,
+    )
+    own = {"rebasin-units-moved": units, "rebasin-seconds": seconds}
+    return Aligned(permutations, {**metrics, **own})
+
+
+def _match_on_clients(
+    current: Round, clients: Sequence[ClientModel], config: dict[str, Any]
+) -> tuple[list[Permutation], Metrics]:
+    """Let clients match their models to the heaviest; match those of the others here.
+
+    Returns:
+        A permutation for each client, and the cost of the question as metrics.
+    """
+    reference = clients[heaviest([client.weight for client in clients])]
+    record = ArrayRecord(dict(reference.state_dict))
+    options = ConfigRecord({**config, "spec": spec_to_json(current.spec)})
+    contents = {
+        client.node: RecordDict(
+            {
+                "reference": record,
+                "own": ArrayRecord(dict(client.state_dict)),
+                "config": options,
+            }
+        )
+        for client in clients
+        if client is not reference
+    }
+    answers = ask(current.grid, PERMUTATION, contents, lambda tensors: _read(tensors, current.spec))
+    log(INFO, "%s of %s clients matched their models", len(answers.by_client), len(contents))
+    found = {reference.node: current.spec.identity(), **answers.by_client}
+    permutations = [
+        found[client.node]
+        if client.node in found
+        else match_weights(current.spec, reference.state_dict, client.state_dict).permutation
+        for client in clients
+    ]
+    return permutations, answers.cost.metrics("matching")
+
+
+ClientMethod = Literal["activations", "straight-through"]
+
+
+def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
+    """Return the permutation that matches the client's model to the reference."""
+    config, states = request.config, request.states
+    spec = spec_from_json(str(config["spec"]), model)
+    reference, own = states["reference"], states["own"]
+    method = config["method"]
+    if method == "activations":
+        match = match_activations(spec, model, reference, own, batches)
+    elif method == "straight-through":
+        pairs = list(batches)
+        if pairs and not (isinstance(pairs[0], (tuple, list)) and len(pairs[0]) == 2):
+            raise ValueError("straight-through matching needs batches of inputs and labels")
+        start = match_activations(spec, model, reference, own, pairs).permutation
+        match = match_straight_through(
+            spec,
+            model,
+            reference,
+            own,
+            pairs,
+            epochs=int(config["epochs"]),
+            learning_rate=float(config["learning-rate"]),
+            start=start,
+        )
+    else:
+        raise ValueError(f"unknown method {method!r}: use one of {get_args(ClientMethod)}")
+    return dict(match.permutation.indices)
+
+
+PERMUTATION = Question("matching", "permutation", _answer)
+
+
+def _read(tensors: Tensors, spec: PermutationSpec) -> Permutation:
+    """Return the permutation of one client.
+
+    Raises:
+        ValueError: it is not a permutation of this spec.
+    """
+    identity = spec.identity()
+    if odd := sorted(tensors.keys() ^ identity.indices.keys()):
+        raise ValueError(f"permutation and spec differ in the groups {odd[:3]}")
+    for name, expected in identity.indices.items():
+        index = tensors[name]
+        if index.dtype != torch.int64 or index.shape != expected.shape:
+            raise ValueError(
+                f"{name}: expected an order of {tuple(expected.shape)} units, got {index.dtype} of "
+                f"shape {tuple(index.shape)}"
+            )
+    permutation = Permutation(tensors, spec.within)
+    spec.check_permutation(permutation)
+    return permutation

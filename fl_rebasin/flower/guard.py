@@ -1,29 +1,104 @@
-"""The guard: clients say on data that they held back which of several models is best."""
+"""The guard: clients judge, on data that they held back, which of several models is best."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import Any, cast
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 from torch.nn import functional as F
 
-from fl_rebasin.flower.questions import TIMEOUT, LoadFn, Question, ask, loaded
-from fl_rebasin.forward import evaluating
+from fl_rebasin.flower.align import Metrics, to_reference
+from fl_rebasin.flower.questions import ask
+from fl_rebasin.flower.replies import ClientModel
+from fl_rebasin.flower.round import Round
+from fl_rebasin.forward import evaluating, inputs_and_labels
+from fl_rebasin.matching.many import all_identity
+from fl_rebasin.merging.clients import Question, Request, Tensors
+from fl_rebasin.symmetry.spec import Permutation
 
-QUESTION = Question("guard", "evaluation of candidates", "add_guard_handler")
 MAX_COUNT = 10**15
 TEMPERATURES = tuple(2 ** (place / 2) for place in range(-6, 9))
-"""What logits are divided by, to see what a model is worth once it is as sure as it should be."""
+"""Divisors of the logits: a model is judged at the temperature that suits it best."""
 MAX_LOSS = 1e6
 """A mean loss above this, or one that is NaN, counts as infinite."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that the guard chose.
+
+    Attributes:
+        name: its name.
+        metrics: what the question cost, and the held-back loss of each candidate.
+    """
+
+    name: str
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Forms several models, and lets the round's clients choose one on data that they held back.
+
+    The candidates are the plain average, the aligned average and the average of the models aligned
+    to the client with the most examples; each with BatchNorm statistics re-estimated, and after
+    each finishing step. The best example-weighted loss wins, each candidate at the temperature that
+    suits it best. The wrapped strategy aggregates once for each candidate, and keeps the state that
+    belongs to the best.
+    """
+
+    def alignments(
+        self, current: Round, clients: Sequence[ClientModel], aligned: Sequence[Permutation]
+    ) -> dict[str, list[Permutation]]:
+        """Return the alignments to try, by name; only one if no unit moves."""
+        found = {"aligned": list(aligned)}
+        if all_identity(aligned):
+            return found
+        found["naive"] = [current.spec.identity() for _ in clients]
+        if len(clients) > 2:
+            reference = to_reference(current, clients)
+            if reference != list(aligned) and not all_identity(reference):
+                found["reference"] = reference
+        return found
+
+    def choose(
+        self, grid: Grid, nodes: Sequence[int], candidates: Mapping[str, ArrayRecord]
+    ) -> Choice:
+        """Let clients evaluate candidate models, and choose the best.
+
+        Args:
+            grid: the ServerApp's grid.
+            nodes: the clients to ask.
+            candidates: state dicts by name; the first one wins a tie, and if no client answers.
+        """
+        names = list(candidates)
+        if len(names) == 1:
+            return Choice(names[0], {})
+        content = RecordDict({f"candidate-{i}": candidates[name] for i, name in enumerate(names)})
+        answers = ask(
+            grid, LOSSES, dict.fromkeys(nodes, content), lambda tensors: _read(tensors, len(names))
+        )
+        metrics: Metrics = answers.cost.metrics(LOSSES.name)
+        scores = list(answers.by_client.values())
+        if not scores:
+            log(WARNING, "no client judged the candidates: %s is chosen", names[0])
+            return Choice(names[0], metrics)
+        total = sum(score.count for score in scores)
+        losses = {
+            name: sum(score.count / total * score.losses[place] for score in scores)
+            for place, name in enumerate(names)
+        }
+        best = min(names, key=losses.__getitem__)
+        table = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        log(INFO, "held-back loss of the candidates: %s; %s is chosen", table, best)
+        return Choice(best, metrics | {f"guard-loss-{n}": loss for n, loss in losses.items()})
 
 
 @dataclass(frozen=True)
@@ -40,46 +115,30 @@ class Scores:
     losses: tuple[float, ...]
 
 
-def add_guard_handler(app: ClientApp, load_held_back: LoadFn) -> None:
-    """Let a ClientApp measure candidate models on data that it did not train on.
-
-    Args:
-        app: the ClientApp; gets a query handler for the action `rebasin_guard`.
-        load_held_back: returns a module of the architecture, whose weights are overwritten, and
-            batches of inputs and labels (class numbers) that the client's training leaves out.
-
-    Example:
-        >>> app = ClientApp()
-        >>> held_back = [(torch.rand(8, 2), torch.zeros(8, dtype=torch.int64))]
-        >>> add_guard_handler(app, lambda context: (nn.Linear(2, 2), held_back))
-    """
-
-    @app.query(QUESTION.action)
-    def evaluate(message: Message, context: Context) -> Message:
-        model, batches = load_held_back(context)
-        pairs = list(batches)
-        losses = []
-        count = 0
-        for record in message.content.array_records.values():
-            count, loss = _mean_loss(loaded(model, record), pairs)
-            losses.append(loss)
-        metrics = MetricRecord({"num-examples": count, "loss": losses})
-        return Message(RecordDict({"scores": metrics}), reply_to=message)
+def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
+    """Return the mean loss of each candidate on the client's held-back data."""
+    pairs = [inputs_and_labels(batch, "the guard") for batch in batches]
+    losses, count = [], 0
+    for place in range(len(request.states)):
+        model.load_state_dict(request.states[f"candidate-{place}"])
+        count, loss = _mean_loss(model, pairs)
+        losses.append(loss)
+    return {"count": torch.tensor([count]), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-def _mean_loss(model: nn.Module, pairs: Iterable[Any]) -> tuple[int, float]:
+LOSSES = Question("guard", "evaluation of candidates", _answer, held_back=True)
+
+
+def _mean_loss(model: nn.Module, pairs: Sequence[tuple[Any, Any]]) -> tuple[int, float]:
     """Return the number of examples and their mean cross-entropy at the best temperature.
 
-    A model that is merged from others is less sure than one that is fitted to them, whichever
-    classes they prefer. How sure it is one number sets right (Guo et al., On Calibration of Modern
-    Neural Networks, ICML 2017), and every further training round does.
+    A merged model is less confident than one that is fitted, whichever classes they prefer. One
+    number corrects the confidence (Guo et al., On Calibration of Modern Neural Networks, ICML
+    2017), and so does every further round of training.
     """
     count, totals = 0, torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     with evaluating(model), torch.no_grad():
-        for pair in pairs:
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ValueError("the guard needs batches of inputs and labels")
-            inputs, labels = pair
+        for inputs, labels in pairs:
             logits = model(inputs).double()
             totals += torch.stack(
                 [
@@ -90,69 +149,28 @@ def _mean_loss(model: nn.Module, pairs: Iterable[Any]) -> tuple[int, float]:
             count += labels.numel()
     if not count:
         raise ValueError("no held-back example to judge models by")
-    return count, float(totals.min()) / count  # NaN goes through.
+    return count, float(totals.min()) / count  # NaN stays NaN.
 
 
-def choose_on_clients(
-    grid: Grid,
-    node_ids: Sequence[int],
-    candidates: Mapping[str, ArrayRecord],
-    timeout: float = TIMEOUT,
-) -> tuple[str, dict[str, float | int]]:
-    """Let clients evaluate candidate models; return the best by the example-weighted loss.
-
-    Each client takes the loss of each model at the temperature that suits it best.
-
-    Args:
-        grid: the ServerApp's grid.
-        node_ids: clients to ask; each needs `add_guard_handler`.
-        candidates: state dicts by name; the first is taken where nobody answers well.
-        timeout: seconds to wait for the answers.
-
-    Returns:
-        The name of the best candidate (of equal ones the first), and metrics: `guard-clients`,
-        `guard-seconds`, `guard-bytes`, and for each candidate `guard-loss-NAME`.
-    """
-    names = list(candidates)
-    content = RecordDict({f"candidate-{i}": candidates[name] for i, name in enumerate(names)})
-    answers = ask(
-        grid, QUESTION, dict.fromkeys(node_ids, content),
-        lambda reply: _read(reply, len(names)), timeout,
-    )  # fmt: skip
-    scores = list(answers.by_node.values())
-    if not scores:
-        log(WARNING, "no client judged the candidates: %s is taken", names[0])
-        return names[0], answers.metrics
-    total = sum(score.count for score in scores)
-    losses = {
-        name: sum(score.count / total * score.losses[place] for score in scores)
-        for place, name in enumerate(names)
-    }
-    best = min(names, key=losses.__getitem__)
-    log(
-        INFO, "held-back loss of the candidates: %s; %s is taken",
-        *(", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), best),
-    )  # fmt: skip
-    return best, {**answers.metrics, **{f"guard-loss-{n}": loss for n, loss in losses.items()}}
-
-
-def _read(content: RecordDict, candidates: int) -> Scores:
-    """Return a reply's scores.
+def _read(tensors: Tensors, candidates: int) -> Scores:
+    """Return the scores of one client.
 
     Raises:
-        ValueError: they are not what was asked for.
+        ValueError: they are not what the question asks for.
     """
-    record = content.metric_records["scores"]
-    count, losses = record["num-examples"], record["loss"]
-    if not isinstance(count, int) or not 0 < count <= MAX_COUNT:
-        raise ValueError(f"{str(count)[:20]} is no number of examples")
-    if not isinstance(losses, list) or len(losses) != candidates:
-        raise ValueError(f"{candidates} losses were asked for")
-    found = [float(cast(float, loss)) for loss in losses]
+    count, losses = tensors["count"], tensors["losses"]
+    if count.dtype != torch.int64 or count.shape != (1,) or not 0 < int(count) <= MAX_COUNT:
+        raise ValueError(f"{str(count.tolist())[:20]} is not a number of examples")
+    if losses.dtype != torch.float64 or losses.shape != (candidates,):
+        raise ValueError(
+            f"expected {candidates} losses in float64, got {losses.dtype} of shape "
+            f"{tuple(losses.shape)}"
+        )
+    found = [float(loss) for loss in losses]
     if bad := [loss for loss in found if loss < 0]:
         raise ValueError(f"a loss of {bad[0]} is impossible")
     # A candidate that diverges on one client is out, not the client; written so that NaN is too.
     found = [loss if loss <= MAX_LOSS else float("inf") for loss in found]
     if min(found) == float("inf"):
         raise ValueError("none of its losses is finite")
-    return Scores(count, tuple(found))
+    return Scores(int(count), tuple(found))

@@ -1,29 +1,39 @@
-"""Everything that a ClientApp needs to answer the server, in one line."""
+"""Everything a ClientApp needs to answer the server, in one line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flwr.clientapp import ClientApp
 
-from fl_rebasin.flower.batchnorm import add_batchnorm_handler
-from fl_rebasin.flower.guard import add_guard_handler
-from fl_rebasin.flower.least_squares import add_least_squares_handler
-from fl_rebasin.flower.matching import add_matching_handler
-from fl_rebasin.flower.questions import LoadFn
+from fl_rebasin.flower.align import PERMUTATION
+from fl_rebasin.flower.guard import LOSSES
+from fl_rebasin.flower.questions import LoadFn, answer_with
+from fl_rebasin.merging.batchnorm import STATISTICS
+from fl_rebasin.merging.clients import Question
+from fl_rebasin.merging.least_squares.methods import LAYER_SUMS, REGMEAN_SUMS
+
+QUESTIONS = (STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, LOSSES)
+"""Every question of `ReBasinStrategy` and its options."""
 
 
 def add_rebasin_handlers(
-    app: ClientApp, load: LoadFn, load_held_back: LoadFn | None = None
+    app: ClientApp,
+    load: LoadFn,
+    load_held_back: LoadFn | None = None,
+    *,
+    more: Iterable[Question] = (),
 ) -> None:
     """Let a ClientApp answer every question of `ReBasinStrategy`.
 
     Args:
-        app: the ClientApp; gets query handlers for the actions `rebasin_batchnorm`,
-            `rebasin_matching`, `rebasin_least_squares` and, with `load_held_back`,
-            `rebasin_guard`.
+        app: the ClientApp; gets a query handler for each question.
         load: returns a module of the architecture, whose weights are overwritten, and batches of
             the client's inputs: tensors, or pairs of inputs and labels (which only
             straight-through matching needs).
-        load_held_back: the same with batches of inputs and labels that training leaves out.
+        load_held_back: the same with batches of inputs and labels that training leaves out; only
+            the guard needs it.
+        more: questions of finishing steps of your own.
 
     Example:
         >>> import torch
@@ -31,8 +41,7 @@ def add_rebasin_handlers(
         >>> app = ClientApp()
         >>> add_rebasin_handlers(app, lambda context: (nn.Linear(2, 2), [torch.rand(8, 2)]))
     """
-    add_batchnorm_handler(app, load)
-    add_matching_handler(app, load)
-    add_least_squares_handler(app, load)
-    if load_held_back is not None:
-        add_guard_handler(app, load_held_back)
+    for question in (*QUESTIONS, *more):
+        source = load_held_back if question.held_back else load
+        if source is not None:
+            answer_with(app, question, source)

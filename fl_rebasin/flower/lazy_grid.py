@@ -17,7 +17,7 @@ POLL_SECONDS = 3.0
 """Pause between two looks for replies, as in Flower, where the grid does not say."""
 
 
-class OneByOne(Grid):
+class LazyGrid(Grid):
     """Another grid, whose replies are an iterator instead of a list.
 
     Args:

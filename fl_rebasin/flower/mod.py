@@ -105,11 +105,8 @@ class _ReBasinMod:
             match = match_weights(self.spec, reference, trained)
         else:
             module, batches = self.load(context)
-            module.load_state_dict(reference)
-            other = copy.deepcopy(module)
-            other.load_state_dict(trained)
             try:
-                match = match_activations(self.spec, module, other, batches)
+                match = match_activations(self.spec, module, reference, trained, batches)
             except ValueError as error:
                 return _as_it_is(reply, error)
         _report(match, time.perf_counter() - started)

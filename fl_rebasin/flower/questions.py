@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from logging import WARNING
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
+
+from fl_rebasin.flower.arrays import read_head, read_tensor
+from fl_rebasin.merging.clients import Answer, Answers, Cost, Question, Read, Request, Tensors
 
 TIMEOUT = 3600.0
 """Seconds that the server waits for answers."""
@@ -19,44 +22,105 @@ TIMEOUT = 3600.0
 MAX_REASON = 300
 """Characters of a reason that go to the log."""
 
+ANSWER = "answer"
+"""Name of the record that holds the arrays of an answer."""
+
 LoadFn: TypeAlias = Callable[[Context], tuple[nn.Module, Iterable[Any]]]
 """Returns a module of the architecture, whose weights are overwritten, and batches of the client's
 own data: inputs, or tuples and lists of inputs and labels where a question needs labels."""
 
-Answer = TypeVar("Answer")
+
+def action_of(question: Question) -> str:
+    """Return the name under which a ClientApp registers the answer to a question."""
+    return f"rebasin_{question.name.replace('-', '_')}"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question to clients.
+def answer_with(app: ClientApp, question: Question, load: LoadFn) -> None:
+    """Let a ClientApp answer a question.
 
-    Attributes:
-        name: in small letters; the action is `rebasin_NAME`, metrics begin with it.
-        what: what is asked for, as the log says it.
-        handler: the function of `fl_rebasin.flower` that lets a ClientApp answer.
+    Args:
+        app: the ClientApp; gets a query handler.
+        question: the question.
+        load: returns module and data of the client.
     """
 
-    name: str
-    what: str
-    handler: str
-
-    @property
-    def action(self) -> str:
-        """The action, as ClientApps register it."""
-        return f"rebasin_{self.name}"
+    @app.query(action_of(question))
+    def answer(message: Message, context: Context) -> Message:
+        model, batches = load(context)
+        tensors = question.answer(model, batches, _request(message.content))
+        arrays = {key: Array(value.cpu().numpy()) for key, value in tensors.items()}
+        return Message(RecordDict({ANSWER: ArrayRecord(arrays)}), reply_to=message)
 
 
-@dataclass(frozen=True)
-class Answers(Generic[Answer]):
-    """What clients answered.
+def _request(content: RecordDict) -> Request:
+    states = {name: each.to_torch_state_dict() for name, each in content.array_records.items()}
+    config: dict[str, Any] = {}
+    for record in content.config_records.values():
+        config |= record
+    return Request(states, config)
 
-    Attributes:
-        by_node: the good answers.
-        metrics: `NAME-clients` (good answers), `NAME-seconds`, `NAME-bytes` (both ways).
+
+def ask(
+    grid: Grid,
+    question: Question,
+    contents: Mapping[int, RecordDict],
+    read: Read[Answer],
+    timeout: float = TIMEOUT,
+) -> Answers[Answer]:
+    """Ask clients a question; drop invalid answers, and name them in the log.
+
+    Args:
+        grid: the ServerApp's grid.
+        question: the question.
+        contents: what each node is sent.
+        read: turns the tensors of one node into an answer, or raises: a client may send anything.
+        timeout: seconds to wait.
     """
+    started = time.perf_counter()
+    messages = [
+        Message(content=content, message_type=f"query.{action_of(question)}", dst_node_id=node_id)
+        for node_id, content in contents.items()
+    ]
+    size = sum(map(size_of, contents.values()))
+    by_node: dict[int, Answer] = {}
+    unanswered = dict.fromkeys(contents)
+    for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
+        node_id = reply.metadata.src_node_id
+        unanswered.pop(node_id, None)
+        try:
+            if reply.has_error():
+                raise ValueError(reply.error.reason)
+            by_node[node_id] = read(tensors_of(reply.content))
+            size += size_of(reply.content)
+        except Exception as error:  # A client may send anything; none of it may end the run.
+            log(
+                WARNING,
+                "%s of node %s dropped: %s (a ClientApp answers this question after "
+                "fl_rebasin.flower.add_rebasin_handlers(app, ...))",
+                question.subject,
+                node_id,
+                reason(error),
+            )
+    for node_id in unanswered:
+        log(WARNING, "%s of node %s dropped: no answer", question.subject, node_id)
+    return Answers(by_node, Cost(len(by_node), time.perf_counter() - started, size))
 
-    by_node: dict[int, Answer]
-    metrics: dict[str, float | int]
+
+def tensors_of(content: RecordDict) -> Tensors:
+    """Return the tensors of an answer.
+
+    Raises:
+        ValueError: an array is not what its bytes say.
+        KeyError: there is no answer.
+    """
+    record = content.array_records[ANSWER]
+    tensors = {}
+    for key, array in record.items():
+        try:
+            tensors[key] = read_tensor(array, read_head(array))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return tensors
 
 
 def size_of(content: RecordDict) -> int:
@@ -64,55 +128,6 @@ def size_of(content: RecordDict) -> int:
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
-
-
-def ask(
-    grid: Grid,
-    question: Question,
-    contents: Mapping[int, RecordDict],
-    read: Callable[[RecordDict], Answer],
-    timeout: float = TIMEOUT,
-) -> Answers[Answer]:
-    """Ask clients a question; drop, and name in the log, every answer that is not good.
-
-    Args:
-        grid: the ServerApp's grid.
-        question: the question.
-        contents: for each node what it is sent.
-        read: turns what came back into an answer, or raises: a client may send anything.
-        timeout: seconds to wait.
-    """
-    started = time.perf_counter()
-    messages = [
-        Message(content=content, message_type=f"query.{question.action}", dst_node_id=node_id)
-        for node_id, content in contents.items()
-    ]
-    moved = sum(map(size_of, contents.values()))
-    by_node: dict[int, Answer] = {}
-    silent = dict.fromkeys(contents)
-    for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
-        node_id = reply.metadata.src_node_id
-        silent.pop(node_id, None)
-        try:
-            if reply.has_error():
-                raise ValueError(reply.error.reason)
-            by_node[node_id] = read(reply.content)
-            moved += size_of(reply.content)
-        except Exception as error:  # None of what a client sends may end the run.
-            log(
-                WARNING,
-                "%s of node %s dropped: %s (a ClientApp answers this query after "
-                "fl_rebasin.flower.%s(app, ...))",
-                *(question.what, node_id, reason(error), question.handler),
-            )
-    for node_id in silent:
-        log(WARNING, "%s of node %s dropped: no answer", question.what, node_id)
-    metrics = {
-        f"{question.name}-clients": len(by_node),
-        f"{question.name}-seconds": time.perf_counter() - started,
-        f"{question.name}-bytes": moved,
-    }
-    return Answers(by_node, metrics)
 
 
 def reason(error: Exception) -> str:
@@ -123,11 +138,5 @@ def reason(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the beginning of what a client may have written, without control characters."""
+    """Return the beginning of a client's text, without control characters."""
     return "".join(each if each.isprintable() else "?" for each in text[:MAX_REASON])
-
-
-def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Return the model with arrays for its state, on the device that it is on."""
-    model.load_state_dict(arrays.to_torch_state_dict())
-    return model

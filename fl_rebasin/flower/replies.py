@@ -16,12 +16,10 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fl_rebasin.flower.arrays import read_head, read_tensor
+from fl_rebasin.flower.limits import MAX_EXAMPLES
 from fl_rebasin.flower.questions import printable, reason
 from fl_rebasin.state_dicts import StateDict, is_finite
 from fl_rebasin.symmetry.spec import PermutationSpec
-
-MAX_EXAMPLES = 1e15
-"""More examples than any client can have: a reply above it is dropped, unless told otherwise."""
 
 MAX_VALUE = 1e60
 """No parameter is as large; beyond it sums of products overflow even in float64."""
@@ -86,7 +84,7 @@ class Inbox:
                     raise ValueError("it has replied before")
             except Exception as error:  # A client may send anything; none of it may end the run.
                 self.dropped += 1
-                tell_dropped(reply, reason(error))
+                log_dropped(reply, reason(error))
                 continue
             nodes.add(client.node)
             del reply  # What of it is needed is in the client.
@@ -215,7 +213,7 @@ def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: 
                 raise ValueError(f"its metric {key!r} is NaN or infinite")
 
 
-def good_evaluations(
+def valid_evaluations(
     replies: Iterable[Message], weighted_by_key: str | None, max_examples: float
 ) -> list[Message]:
     """Return the replies to an evaluation that are good or failed; name the others in the log.
@@ -235,11 +233,13 @@ def good_evaluations(
             check_evaluation(reply, weighted_by_key, max_examples)
             good.append(reply)
         except Exception as error:  # A client may send anything; none of it may end the run.
-            tell_dropped(reply, reason(error))
-    return failed + [reply for reply, usual in zip(good, alike(good), strict=True) if usual]
+            log_dropped(reply, reason(error))
+    return failed + [
+        reply for reply, usual in zip(good, have_usual_records(good), strict=True) if usual
+    ]
 
 
-def tell_dropped(reply: Message, why: str) -> None:
+def log_dropped(reply: Message, why: str) -> None:
     """Name a reply that is dropped, and the reason, in the log."""
     log(WARNING, "reply of node %s dropped: %s", reply.metadata.src_node_id, why)
 
@@ -262,7 +262,7 @@ def read_label_counts(reply: Message, key: str) -> Tensor:
     return counts
 
 
-def alike(replies: Sequence[Message]) -> list[bool]:
+def have_usual_records(replies: Sequence[Message]) -> list[bool]:
     """Return of each reply whether its records are named as in most; Flower needs them so."""
 
     def records(reply: Message) -> str:
@@ -286,23 +286,23 @@ def alike(replies: Sequence[Message]) -> list[bool]:
     usual = Counter(found).most_common(1)[0][0] if found else ""
     for reply, names in zip(replies, found, strict=True):
         if names != usual:
-            tell_dropped(
+            log_dropped(
                 reply, f"its records are not named as those of the others: {printable(names)}"
             )
     return [names == usual for names in found]
 
 
-def with_model(client: ClientModel, tensors: Iterable[tuple[str, Tensor]]) -> Message:
+def reply_with_model(client: ClientModel, tensors: Iterable[tuple[str, Tensor]]) -> Message:
     """Return a client's reply with a model, whose tensors are taken one at a time."""
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord({key: Array(value.numpy()) for key, value in tensors})
     return _with_content(client.reply, content)
 
 
-def as_it_came(client: ClientModel, arrays: ArrayRecord) -> Message:
+def unchanged_reply(client: ClientModel, arrays: ArrayRecord) -> Message:
     """Return a client's reply with the model that came, in the global model's key order."""
     if client.record is None:
-        return with_model(client, ((key, client.state_dict[key]) for key in arrays))
+        return reply_with_model(client, ((key, client.state_dict[key]) for key in arrays))
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord(dict(client.record))  # Some strategies clear it.
     return _with_content(client.reply, content)

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
-from pathlib import Path
-from typing import get_args
 
-import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
-from torch import Tensor, nn
+from torch import nn
 
-from fl_rebasin.flower.align import Aligner, AlignTo, Matching, Metrics
-from fl_rebasin.flower.checkpoint.checkpointed import Checkpointed, EvaluateFn, check_options
-from fl_rebasin.flower.finishing import Finisher, LeastSquares
-from fl_rebasin.flower.guard import choose_on_clients
-from fl_rebasin.flower.lazy_grid import OneByOne
+from fl_rebasin.flower.aggregation import Aggregate, adopt, aggregate, check_copyable
+from fl_rebasin.flower.align import Aligned, AlignmentMethod, Metrics, WeightMatching
+from fl_rebasin.flower.candidates import form_candidates
+from fl_rebasin.flower.finishing import Finishing
+from fl_rebasin.flower.guard import Guard
+from fl_rebasin.flower.lazy_grid import LazyGrid
+from fl_rebasin.flower.limits import Limits, update_norm
 from fl_rebasin.flower.replies import (
-    MAX_EXAMPLES,
     ClientModel,
     Inbox,
-    alike,
-    all_finite,
-    as_it_came,
-    good_evaluations,
-    like_global,
-    tell_dropped,
-    with_model,
+    have_usual_records,
+    log_dropped,
+    valid_evaluations,
 )
-from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
+from fl_rebasin.flower.round import Round
+from fl_rebasin.flower.round_clients import RoundClients
+from fl_rebasin.flower.streaming import sum_one_by_one, takes_only_the_mean
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
-from fl_rebasin.matching.many import all_still
-from fl_rebasin.matching.objective import check_finite
-from fl_rebasin.merging.heads import last_layer
-from fl_rebasin.merging.least_squares import MAX_FEATURES, plan
-from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.merging.batchnorm import BatchNorm
+from fl_rebasin.merging.clients import Costs, total_costs
+from fl_rebasin.merging.finishing_step import FinishingStep
 from fl_rebasin.symmetry.derive import ExampleInputs, derive_spec
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
@@ -50,74 +40,41 @@ from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 class ReBasinStrategy(WrappedStrategy):
     """Aligns the hidden units of the clients' models, then lets any strategy aggregate them.
 
-    Each round the replies are permuted into one basin (MergeMany with the replies' example counts
-    as weights, then to the unit order of the global model) and handed on, in the global model's
-    key order, to the wrapped strategy. The wrapped strategy does everything else.
+    Each round the replies are permuted into one basin, ordered as the global model's units are, and
+    handed on to the wrapped strategy, with the global model's key order. Then the finishing steps
+    work on the aggregated model. Clients answer the questions of some options after
+    `add_rebasin_handlers`. Where no unit moves, they are not asked about alignment.
 
-    What else can be switched on asks the round's clients, who have the data; they answer after
-    `add_rebasin_handlers`. Where no unit moves, nobody is asked about alignment.
-
-    Least squares and class-aware heads go by the clients' own models: clipping, noise or a median
-    of the wrapped strategy does not cover what they add.
+    Finishing steps use the clients' own models: clipping, noise or a median of the wrapped strategy
+    does not cover what they add.
 
     Args:
         strategy: any Flower strategy; `FedAvg()` by default.
         model: a module of the federation's architecture, any weights; not changed.
         example_inputs: inputs that `model` runs on; only shapes and dtypes matter.
-        matching: `"weights"`, on the server; `"activations"`: each client matches its model to
-            that of the client with the most examples, by correlated activations on its own data;
-            `"activations-then-weights"`: and MergeMany goes on from there; `"straight-through"`:
-            each client learns the permutation by the merged model's loss; `"none"`: no alignment,
-            for the sake of what follows.
-        least_squares: fit the layers of the merged model to what the clients' own models compute:
-            `"layerwise"` (a message a layer), `"one-pass"` (RegMean, one message) or
-            `"rescaling"` (only mean and deviation of each unit: REPAIR).
-        max_features: inputs of a unit up to which a layer is fitted by least squares; the units of
-            larger layers are rescaled.
-        recalibrate_batchnorm: re-estimate the BatchNorm statistics of the merged model on the
-            round's clients. A model without BatchNorm skips it; so does one fitted by least
-            squares, which has the statistics that fit it.
-        label_counts: name of a metric of the replies that lists the client's training examples of
-            each class. The rows of the last layer are averaged by these counts, and its bias is
-            corrected for the label prior; with least squares, what the clients' own models compute
-            is corrected instead.
-        align_to: what the models are aligned to: `"joint"`, one another, wherever they lie;
-            `"global"`, each to the global model, by itself. The latter is for rounds that go on
-            from a trained model: no client has a say in how another one is aligned, and unless
-            least squares, heads, the guard or the wrapped strategy need them all at once, replies
-            are taken one by one, and their sum is all that is kept.
-        min_replies: with fewer good replies the global model stays as it is.
-        max_examples: a reply that claims more training examples is dropped.
-        max_update_norm: a reply whose aligned model lies farther from the global model (Euclidean
-            norm over all floating-point tensors) is dropped; None: any is taken.
-        guard: form several models (naive; aligned; aligned to the client with the most examples;
-            each with least squares and class-aware heads where these are on), let the round's
-            clients evaluate them on held-back data, and keep the best by the example-weighted
-            loss, each at the temperature that suits it. The wrapped strategy aggregates once for
-            each; it keeps the state of the one that is chosen.
-        checkpoint_dir: a folder; after each round one file goes there that holds all that the
-            server needs to go on: model, state of the wrapped strategies, metrics, random state
-            (of `random`, NumPy and PyTorch on the CPU). What clients keep is theirs.
-        keep_checkpoints: how many of the newest stay.
-        resume: let `start` go on after the newest checkpoint in the folder, or begin if there is
-            none. The result is that of a run without a break.
+        align: `WeightMatching()`, `ActivationMatching()` or `StraightThrough()`; None to average
+            the replies unaligned.
+        finish: the finishing steps in order, such as `BatchNorm()`, `LeastSquares()`, `RegMean()`,
+            `Repair()` and `ClassAwareHead(...)`; empty for none.
+        guard: `Guard()` lets the clients choose among several models; None for one model.
+        limits: limits on the replies.
 
     Attributes:
         spec: the permutation spec of the model.
 
     Raises:
         SpecError: no spec can be derived from model and inputs.
-        ValueError: an unknown option, or options that exclude each other.
+        TypeError: an option is of the wrong kind.
+        ValueError: an option does not fit the model or the wrapped strategy.
 
-    Aggregated training metrics gain `rebasin-margin`: the factor, or less, by which the clients'
-    distances from the global model could grow and still no unit would have to move, smallest over
-    all groups (of 1 or more it proves that alignment changes nothing, and none is computed);
-    `rebasin-similarity-before`, `rebasin-similarity-after` (weighted mean cosine of the clients'
-    models to their mean, where the margin is below 1), `rebasin-units-moved`, `rebasin-sweeps`,
-    `rebasin-seconds`, `rebasin-dropped` (replies that were no good); and for what
-    the clients are asked, `X-clients`, `X-seconds` and `X-bytes`, X being `matching`,
-    `least-squares`, `batchnorm` or `guard`; `guard-loss-NAME` is the held-back loss of each
-    candidate.
+    Aggregated training metrics gain `rebasin-margin`: a factor by which the clients' distances from
+    the global model could grow without any unit having to move, smallest over all groups (1 or more
+    proves that alignment changes nothing, and none is computed); `rebasin-similarity-before` and
+    `rebasin-similarity-after` (weighted mean cosine of the clients' models to their mean, where the
+    margin is below 1); `rebasin-units-moved`, `rebasin-sweeps`, `rebasin-seconds`,
+    `rebasin-dropped` (invalid replies). Each question X to the clients adds `X-clients`,
+    `X-seconds`, `X-bytes` and `X-messages`; X is `matching`, `guard` or the name of a finishing
+    step. `guard-loss-NAME` is the held-back loss of each candidate.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithms 1 to 3.
 
@@ -129,7 +86,7 @@ class ReBasinStrategy(WrappedStrategy):
         {'0': 8}
     """
 
-    of_one_round = frozenset({"_aligner", "_arrays", "_grid"})
+    transient = frozenset({"_round", "_finishing"})
 
     def __init__(
         self,
@@ -137,126 +94,47 @@ class ReBasinStrategy(WrappedStrategy):
         *,
         model: nn.Module,
         example_inputs: ExampleInputs,
-        matching: Matching = "weights",
-        least_squares: LeastSquares = "none",
-        max_features: int = MAX_FEATURES,
-        recalibrate_batchnorm: bool = True,
-        label_counts: str | None = None,
-        guard: bool = False,
-        align_to: AlignTo = "joint",
-        min_replies: int = 1,
-        max_examples: float = MAX_EXAMPLES,
-        max_update_norm: float | None = None,
-        checkpoint_dir: str | Path | None = None,
-        keep_checkpoints: int = 3,
-        resume: bool = False,
+        align: AlignmentMethod | None = WeightMatching(),  # noqa: B008 (frozen)
+        finish: Sequence[FinishingStep] = (BatchNorm(),),
+        guard: Guard | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(strategy)
-        check_options(checkpoint_dir, keep_checkpoints, resume)
-        for name, value, known in (
-            ("matching", matching, get_args(Matching)),
-            ("least_squares", least_squares, get_args(LeastSquares)),
-            ("align_to", align_to, get_args(AlignTo)),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-        if align_to == "global" and matching not in ("none", "weights"):
-            raise ValueError(f"align_to='global' matches weights, matching={matching!r} does not")
-        if min_replies < 1:
-            raise ValueError(f"min_replies must be at least 1, got {min_replies}")
-        if not 0 < max_examples < float("inf"):
-            raise ValueError(f"max_examples must be positive and finite, got {max_examples}")
-        if max_update_norm is not None and not max_update_norm > 0:
-            raise ValueError(f"max_update_norm must be positive, got {max_update_norm}")
-        self.align_to = align_to
-        self.min_replies = min_replies
-        self.max_examples = max_examples
-        self.max_update_norm = max_update_norm
-        self.model = model
-        self.matching = matching
-        self.least_squares = least_squares
-        self.recalibrate_batchnorm = recalibrate_batchnorm
-        self.label_counts = label_counts
+        _check_kind("align", align, "WeightMatching()", hasattr(align, "align") or align is None)
+        _check_kind("guard", guard, "Guard()", isinstance(guard, Guard) or guard is None)
+        _check_kind("limits", limits, "Limits(min_replies=2)", isinstance(limits, Limits))
+        if not isinstance(finish, Sequence):
+            raise TypeError(f"finish is {finish!r}: give a list of steps, such as [BatchNorm()]")
+        self.align = align
+        self.finish = tuple(finish)
         self.guard = guard
-        self.checkpoint_dir = checkpoint_dir
-        self.keep_checkpoints = keep_checkpoints
-        self.resume = resume
-        self._writes_checkpoints = False
+        self.limits = limits
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
-        limit = 0 if least_squares == "rescaling" else max_features
-        self._steps = plan(model, example_inputs, limit) if least_squares != "none" else []
-        self._head = last_layer(model, example_inputs) if label_counts is not None else None
-        if guard:
-            try:
-                copy.deepcopy(self.strategy)
-            except Exception as error:
-                raise ValueError(
-                    "the guard needs a wrapped strategy that can be copied, "
-                    f"{type(self.strategy).__name__} cannot: {error}"
-                ) from error
-        self._arrays: ArrayRecord | None = None
-        self._grid: Grid | None = None
-        self._aligner: Aligner | None = None
+        self._finishing = Finishing.bind(
+            self.finish, model, example_inputs, keep_all=guard is not None
+        )
+        if guard is not None:
+            check_copyable(self.strategy)
+        self._round: Round | None = None
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run all rounds, as Flower's strategies do; with checkpoints if there is a folder.
-
-        Replies are let go as soon as they are read.
-
-        Raises:
-            ValueError: the folder holds checkpoints and `resume` is off, or they do not fit.
-            OSError: a checkpoint cannot be written.
-        """
-        grid = OneByOne(grid, lazy=self._streams)
-        run = super().start
-        if self.checkpoint_dir is not None:
-            folder = Path(self.checkpoint_dir)
-            run = Checkpointed(self, folder, self.keep_checkpoints, resume=self.resume).start
-        self._writes_checkpoints = self.checkpoint_dir is not None
-        try:
-            return run(
-                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
-                evaluate_fn,
-            )  # fmt: skip
-        finally:
-            self._writes_checkpoints = False
+    def grid_for_rounds(self, grid: Grid) -> Grid:
+        """Return a grid that releases each reply once it is read."""
+        return LazyGrid(grid, lazy=self._streams)
 
     @property
     def _streams(self) -> bool:
-        """Whether nothing needs more than one client's model at a time."""
+        """Whether the server needs to hold only one client's model at a time."""
         return (
-            self.align_to == "global"
-            and not self.guard
-            and self.least_squares == "none"
-            and self._head is None
+            self.align is not None
+            and self.align.one_by_one
+            and self.guard is None
+            and not self._finishing.needs_models
             and takes_only_the_mean(self.strategy)
         )
 
     @property
-    def _finisher(self) -> Finisher:
-        return Finisher(
-            model=self.model,
-            grid=self._grid,
-            least_squares=self.least_squares,
-            steps=self._steps,
-            recalibrate_batchnorm=self.recalibrate_batchnorm,
-            label_counts=self.label_counts,
-            head=self._head,
-            every=self.guard,
-        )
-
-    @property
     def weighted_by_key(self) -> str:
-        """Name of the metric that weighs a reply: that of the innermost wrapped strategy."""
+        """Name of the metric that weights a reply: that of the innermost wrapped strategy."""
         return str(getattr(levels(self.strategy)[-1], "weighted_by_key", "num-examples"))
 
     def configure_train(
@@ -265,252 +143,149 @@ class ReBasinStrategy(WrappedStrategy):
         """Keep the global model, then let the wrapped strategy choose clients.
 
         Raises:
-            SpecError: the global model is not of the architecture that the spec was derived from,
-                or holds NaN or infinite values.
-            ValueError: another strategy's `start` runs the rounds, which writes no checkpoints.
+            SpecError: the global model does not have the architecture that the spec was derived
+                from, or holds NaN or infinite values.
         """
-        if self.checkpoint_dir is not None and not self._writes_checkpoints:
-            raise ValueError(
-                "checkpoint_dir needs the rounds to be run by the start() of ReBasinStrategy: make "
-                "it the outermost strategy, or leave checkpoint_dir out"
-            )
-        gauge = arrays.to_torch_state_dict()
-        check_finite(self.spec, gauge, "global model")
-        self._arrays = arrays
-        self._grid = grid
-        self._aligner = Aligner(self.spec, gauge, self.matching, self.align_to, grid)
+        self._round = Round.begin(server_round, self.spec, arrays, grid)
         return super().configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Align the replies, aggregate them with the wrapped strategy, fit what is switched on.
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """Align the replies, let the wrapped strategy aggregate them, and run the finishing steps.
 
         Replies that do not fit the global model are dropped, with a line in the log.
         """
-        if self._arrays is None or self._aligner is None:
+        if self._round is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        inbox = Inbox(self.spec, self._arrays, self.weighted_by_key, self.max_examples)
+        current = self._round
+        inbox = Inbox(self.spec, current.arrays, self.weighted_by_key, self.limits.max_examples)
         if self._streams:
-            return self._stream(server_round, inbox, replies)
-        clients = list(inbox.read(replies))
-        clients = inbox.kept(clients, alike([client.reply for client in clients]))
-        # What is far away at first sight has no say in how the others are aligned.
-        clients = inbox.kept(clients, [self._is_near(client, None) for client in clients])
-        orders: list[Permutation] = []
-        own: Metrics = {}
-        if len(clients) >= self.min_replies:
-            orders, own = self._aligner.align(clients)
-            near = [self._is_near(*pair) for pair in zip(clients, orders, strict=True)]
-            orders = [order for order, kept in zip(orders, near, strict=True) if kept]
-            clients = inbox.kept(clients, near)
-        if len(clients) < self.min_replies:
-            return self._nothing(server_round, inbox, len(clients))
-        own["rebasin-dropped"] = inbox.dropped
-        candidates = {"aligned": orders}
-        if self.guard and not all_still(orders):
-            candidates |= self._aligner.alternatives(clients, orders)
-        finisher = self._finisher
-        counts = finisher.counts(clients)
-        nodes = [client.node for client in clients]
-        results: dict[str, tuple[ArrayRecord, MetricRecord | None, Strategy]] = {}
-        for place, (name, order) in enumerate(candidates.items(), 1):
-            # Each candidate is aggregated by a strategy of its own, which may have a memory.
-            trial = self.strategy if len(candidates) == 1 else self._copied()
-            remade, aligned = self._remade(clients, order, last=place == len(candidates))
-            arrays, metrics = self._aggregated(trial, server_round, [*inbox.failed, *remade])
-            del remade
-            # Flower's views of records are cycles, young ones, which would keep all the models.
-            gc.collect(1)
-            if arrays is None:
-                continue
-            for variant, made in finisher.variants(nodes, aligned, arrays, counts, own).items():
-                # The aggregate itself has been looked at.
-                usable = made is arrays or self._is_usable(made, server_round)
-                made = made if usable else arrays
-                results[name + variant] = made, metrics, trial
-        if not results:
-            self._adopt(trial)
-            return None, metrics
-        best = next(iter(results))
-        if len(results) > 1 and self._grid is not None:
-            models = {name: arrays for name, (arrays, _, _) in results.items()}
-            best, judged = choose_on_clients(self._grid, nodes, models)
-            own |= judged
-        arrays, metrics, chosen = results[best]
-        self._adopt(chosen)
-        return arrays, MetricRecord({**(metrics or {}), **own})
+            return self._aggregate_one_by_one(current, inbox, replies)
+        clients, aligned = self._align(current, inbox, replies)
+        if len(clients) < self.limits.min_replies:
+            return self._no_result(current, inbox, len(clients))
+        alignments = {"aligned": aligned.permutations}
+        if self.guard is not None:
+            alignments = self.guard.alignments(current, clients, aligned.permutations)
+        candidates, costs = form_candidates(
+            self.strategy, current, clients, inbox.failed, alignments, self._finishing
+        )
+        models = {
+            name: candidate.arrays
+            for name, candidate in candidates.items()
+            if candidate.arrays is not None
+        }
+        if not models:
+            last = list(candidates.values())[-1]
+            adopt(self.strategy, last.strategy, current.grid)
+            return None, last.metrics
+        name, judged = next(iter(models)), Metrics()
+        if self.guard is not None:
+            choice = self.guard.choose(current.grid, [c.node for c in clients], models)
+            name, judged = choice.name, choice.metrics
+        chosen = candidates[name]
+        adopt(self.strategy, chosen.strategy, current.grid)
+        own = {**aligned.metrics, "rebasin-dropped": inbox.dropped, **_as_metrics(costs), **judged}
+        return chosen.arrays, MetricRecord({**(chosen.metrics or {}), **own})
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """As the wrapped strategy, without the replies that are no good."""
+        """Delegate to the wrapped strategy, without the invalid replies."""
         key = getattr(levels(self.strategy)[-1], "weighted_by_key", None)
-        return super().aggregate_evaluate(
-            server_round, good_evaluations(replies, key, self.max_examples)
-        )
-
-    def _nothing(
-        self, server_round: int, inbox: Inbox, count: int
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Say why a round has no result; the wrapped strategy hears of the clients that failed."""
-        log(
-            WARNING,
-            "round %s: %s good replies, %s are needed: the global model stays as it was",
-            *(server_round, count, self.min_replies),
-        )
-        self.strategy.aggregate_train(server_round, inbox.failed)
-        return None, None
-
-    def _aggregated(
-        self, strategy: Strategy, server_round: int, replies: list[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Let a strategy aggregate; where the result is not finite, it never happened."""
-        assert self._arrays is not None
-        # Flower's strategies bind new values to their attributes and do not write into old ones.
-        before = [dict(vars(each)) for each in levels(strategy)]
-        with np.errstate(over="ignore", invalid="ignore"):  # What overflows is found below.
-            arrays, metrics = strategy.aggregate_train(server_round, replies)
-        if arrays is None:
-            return None, metrics
-        arrays = like_global(arrays, self._arrays)
-        if self._is_usable(arrays, server_round):
-            return arrays, metrics
-        for each, attributes in zip(levels(strategy), before, strict=True):
-            vars(each).clear()
-            vars(each).update(attributes)
-        return None, metrics
-
-    def _is_usable(self, arrays: ArrayRecord, server_round: int) -> bool:
-        """Whether an aggregated model is finite; say so if not."""
-        usable = all_finite(arrays)
-        if not usable:
-            log(
-                WARNING,
-                "round %s: the aggregated model holds NaN or infinite values and is not taken",
-                server_round,
-            )
-        return usable
-
-    def _is_near(self, client: ClientModel, permutation: Permutation | None) -> bool:
-        """Whether a model is within `max_update_norm` of the global one; say so if not.
-
-        As long as no permutation is known, only the lengths of its tensors can tell: no
-        permutation changes them.
-        """
-        if self.max_update_norm is None:
-            return True
-        assert self._aligner is not None
-        squares = 0.0
-        for key, home in self._aligner.gauge.items():
-            value = client.state_dict[key]
-            if not value.is_floating_point():
-                continue
-            if permutation is None:
-                squares += (_length(value) - _length(home)) ** 2
-            else:
-                squares += _length(self.spec.move(key, value, permutation).double() - home) ** 2
-        if squares**0.5 <= self.max_update_norm:
-            return True
-        most = f"at most {self.max_update_norm:.4g} is allowed"
-        least = "at least " if permutation is None else ""
-        tell_dropped(client.reply, f"its update has norm {least}{squares**0.5:.4g}, {most}")
-        return False
-
-    def _remade(
-        self, clients: list[ClientModel], orders: Sequence[Permutation], *, last: bool
-    ) -> tuple[list[Message], dict[int, StateDict]]:
-        """Return replies with permuted models, and these by node where they are asked for again.
-
-        The last time each model is let go as soon as its reply is made.
-        """
-        assert self._arrays is not None
-        again = self.least_squares != "none" or self._head is not None
-        remade: list[Message] = []
-        models: dict[int, StateDict] = {}
-        for place, (client, permutation) in enumerate(zip(clients, orders, strict=True)):
-            model: StateDict = client.state_dict
-            if permutation.is_identity:
-                remade.append(as_it_came(client, self._arrays))
-            else:
-                moved = (
-                    (key, self.spec.move(key, client.state_dict[key], permutation))
-                    for key in self._arrays
-                )
-                model = dict(moved) if again else {}
-                remade.append(with_model(client, model.items() if again else moved))
-            if again:
-                models[client.node] = model
-            elif last:
-                clients[place] = replace(client, state_dict={}, record=None)
-        return remade, models
-
-    def _stream(
-        self, server_round: int, inbox: Inbox, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Align one reply after the other to the global model, and keep only their sum."""
-        assert self._arrays is not None
-        assert self._aligner is not None
-        started = time.perf_counter()
-        mean = RunningMean(self._arrays)
-        units = 0
-        for client in inbox.read(replies):
-            permutation = self._aligner.to_global(client)
-            if inbox.kept([client], [self._is_near(client, permutation)]):
-                mean.add(client, self.spec.apply(permutation, client.state_dict))
-                units += permutation.moved
-            del client  # Before the next one is read.
-        if mean.count < self.min_replies:
-            return self._nothing(server_round, inbox, mean.count)
-        seconds = time.perf_counter() - started
-        log(
-            INFO,
-            "aligned %s models one by one: %s units moved, %.2f s",
-            *(mean.count, units, seconds),
-        )
-        nodes = mean.nodes
-        reply, metrics = mean.finish(self.strategy)
-        arrays, _ = self._aggregated(self.strategy, server_round, [*inbox.failed, reply])
-        if arrays is None:
-            return None, metrics
-        own: Metrics = {
-            "rebasin-units-moved": units,
-            "rebasin-seconds": seconds,
-            "rebasin-dropped": inbox.dropped,
-        }
-        made = self._finisher.recalibrated(nodes, arrays, own)
-        if made is not arrays and not self._is_usable(made, server_round):
-            made = arrays
-        return made, MetricRecord({**metrics, **own})
-
-    def _copied(self) -> Strategy:
-        """Return a copy of the wrapped strategy and its memory; a grid that it keeps is shared."""
-        return copy.deepcopy(self.strategy, {id(self._grid): self._grid})
-
-    def _adopt(self, chosen: Strategy) -> None:
-        """Give the wrapped strategies the memory of their copies; they stay the same objects."""
-        if chosen is self.strategy:
-            return
-        pairs = list(zip(levels(self.strategy), levels(chosen), strict=True))
-        memo = {id(self._grid): self._grid, **{id(copied): old for old, copied in pairs}}
-        for old, copied in pairs:
-            vars(old).update(copy.deepcopy(vars(copied), memo))
+        valid = valid_evaluations(replies, key, self.limits.max_examples)
+        return super().aggregate_evaluate(server_round, valid)
 
     def summary(self) -> None:
-        """Log what may move, then what the wrapped strategy has to say."""
+        """Log what may move and which options are set, then the wrapped strategy's summary."""
         log(
             INFO,
             "\t├──> Re-Basin: %s groups of units, %.1f %% of the parameters may move",
-            *(len(self.spec.groups), 100 * self.spec.freedom),
+            len(self.spec.groups),
+            100 * self.spec.freedom,
         )
-        log(
-            INFO,
-            "\t├──> matching: %s; least squares: %s; guard: %s",
-            *(self.matching, self.least_squares, "on" if self.guard else "off"),
-        )
+        steps = ", ".join(map(str, self.finish)) or "none"
+        log(INFO, "\t├──> align: %s; finish: %s; guard: %s", self.align, steps, self.guard)
         super().summary()
 
+    def _align(
+        self, current: Round, inbox: Inbox, replies: Iterable[Message]
+    ) -> tuple[list[ClientModel], Aligned]:
+        """Read the replies, and align those that are within the limits."""
+        clients = list(inbox.read(replies))
+        clients = inbox.kept(clients, have_usual_records([client.reply for client in clients]))
+        # A model that is too far away in any unit order has no say in how others are aligned.
+        clients = inbox.kept(clients, [self._is_near(current, client, None) for client in clients])
+        if len(clients) < self.limits.min_replies:
+            return clients, Aligned([])
+        if self.align is None:
+            aligned = Aligned([self.spec.identity() for _ in clients])
+        else:
+            aligned = self.align.align(current, clients)
+        pairs = list(zip(clients, aligned.permutations, strict=True))
+        near = [self._is_near(current, client, permutation) for client, permutation in pairs]
+        kept = [pair[1] for pair, is_near in zip(pairs, near, strict=True) if is_near]
+        return inbox.kept(clients, near), replace(aligned, permutations=kept)
 
-def _length(values: Tensor) -> float:
-    """Return the Euclidean norm of a tensor, in float64."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    def _is_near(
+        self, current: Round, client: ClientModel, permutation: Permutation | None
+    ) -> bool:
+        """Whether a model is within `max_update_norm` of the global one; log it if not."""
+        most = self.limits.max_update_norm
+        if most is None:
+            return True
+        norm = update_norm(self.spec, current.global_model, client.state_dict, permutation)
+        if norm <= most:
+            return True
+        least = "at least " if permutation is None else ""
+        log_dropped(
+            client.reply, f"its update has norm {least}{norm:.4g}, at most {most:.4g} is allowed"
+        )
+        return False
+
+    def _aggregate_one_by_one(
+        self, current: Round, inbox: Inbox, replies: Iterable[Message]
+    ) -> Aggregate:
+        """Align each reply to the global model as it arrives, and keep only the sum."""
+        assert self.align is not None
+        align_one = self.align.align_one
+
+        def is_near(client: ClientModel, permutation: Permutation) -> bool:
+            return self._is_near(current, client, permutation)
+
+        mean, own = sum_one_by_one(current, inbox, replies, align_one, is_near)
+        if mean.count < self.limits.min_replies:
+            return self._no_result(current, inbox, mean.count)
+        reply, metrics = mean.finish(self.strategy)
+        replies = [*inbox.failed, reply]
+        arrays, _ = aggregate(self.strategy, current.arrays, current.number, replies)
+        if arrays is None:
+            return None, metrics
+        nodes = RoundClients(current.grid, mean.replies)
+        (variant,), costs = self._finishing.apply(arrays, nodes, current.number)
+        return variant.arrays, MetricRecord({**metrics, **own, **_as_metrics(costs)})
+
+    def _no_result(self, current: Round, inbox: Inbox, count: int) -> Aggregate:
+        """Log why a round has no result; the wrapped strategy gets the failed replies."""
+        log(
+            WARNING,
+            "round %s: %s valid replies, %s are needed: the global model stays unchanged",
+            current.number,
+            count,
+            self.limits.min_replies,
+        )
+        self.strategy.aggregate_train(current.number, inbox.failed)
+        return None, None
+
+
+def _as_metrics(costs: Sequence[Costs]) -> Metrics:
+    """Return the sum of costs as metrics."""
+    return {
+        key: value
+        for name, cost in total_costs(costs).items()
+        for key, value in cost.metrics(name).items()
+    }
+
+
+def _check_kind(name: str, value: object, example: str, valid: bool) -> None:
+    if isinstance(value, type) or not valid:
+        raise TypeError(f"{name} is {value!r}: give an object such as {example}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO
 from typing import cast
 
 import numpy as np
@@ -17,10 +20,13 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore import log
 from numpy.typing import NDArray
 
-from fl_rebasin.flower.replies import ClientModel, alike
+from fl_rebasin.flower.replies import ClientModel, Inbox, have_usual_records
+from fl_rebasin.flower.round import Round
 from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.symmetry.spec import Permutation
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 
@@ -43,20 +49,19 @@ class RunningMean:
         arrays: the global model, for keys and dtypes.
 
     Attributes:
-        nodes: who was added.
+        replies: the reply of each node whose model was added, without the model.
     """
 
     def __init__(self, arrays: ArrayRecord) -> None:
-        self.nodes: list[int] = []
+        self.replies: dict[int, Message] = {}
         self._arrays = arrays
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._weight = 0.0
-        self._replies: list[Message] = []
 
     @property
     def count(self) -> int:
         """How many models were added."""
-        return len(self.nodes)
+        return len(self.replies)
 
     def add(self, client: ClientModel, model: StateDict) -> None:
         """Add a client's model; of its reply only the metrics are kept."""
@@ -64,14 +69,14 @@ class RunningMean:
             part = client.weight * value.double().numpy()
             self._sums[key] = self._sums[key] + part if key in self._sums else part
         self._weight += client.weight
-        self.nodes.append(client.node)
-        self._replies.append(client.reply)
+        self.replies[client.node] = client.reply
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
         """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
         assert isinstance(strategy, FedAvg)
-        usual = alike(self._replies)
-        contents = [reply.content for reply, kept in zip(self._replies, usual, strict=True) if kept]
+        replies = list(self.replies.values())
+        usual = have_usual_records(replies)
+        contents = [reply.content for reply, kept in zip(replies, usual, strict=True) if kept]
         metrics = strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
         record = ArrayRecord()
         for key, like in self._arrays.items():
@@ -80,8 +85,45 @@ class RunningMean:
             exact = np.dtype(like.dtype).kind != "f"
             record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
         # Of the client whose message this was nothing else goes in.
-        reply = copy.copy(self._replies[-1])
+        reply = copy.copy(replies[-1])
         reply.content = RecordDict(
             {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}
         )
         return reply, metrics
+
+
+def sum_one_by_one(
+    current: Round,
+    inbox: Inbox,
+    replies: Iterable[Message],
+    align_one: Callable[[Round, ClientModel], Permutation],
+    is_near: Callable[[ClientModel, Permutation], bool],
+) -> tuple[RunningMean, dict[str, float | int]]:
+    """Align each reply as it arrives, and add it up; one client's model exists at a time.
+
+    Args:
+        current: the round.
+        inbox: reads the replies.
+        replies: the replies, which may arrive one by one.
+        align_one: returns the permutation of a model.
+        is_near: whether an aligned model is within the limits.
+
+    Returns:
+        The mean of the aligned models, and the round's metrics.
+    """
+    started = time.perf_counter()
+    mean = RunningMean(current.arrays)
+    units = 0
+    for client in inbox.read(replies):
+        permutation = align_one(current, client)
+        if inbox.kept([client], [is_near(client, permutation)]):
+            mean.add(client, current.spec.apply(permutation, client.state_dict))
+            units += permutation.moved
+        del client  # Before the next one is read.
+    seconds = time.perf_counter() - started
+    log(INFO, "aligned %s models one by one: %s units moved, %.2f s", mean.count, units, seconds)
+    return mean, {
+        "rebasin-units-moved": units,
+        "rebasin-seconds": seconds,
+        "rebasin-dropped": inbox.dropped,
+    }

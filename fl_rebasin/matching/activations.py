@@ -16,7 +16,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fl_rebasin.forward import evaluating
 from fl_rebasin.matching.assignment import assign, assign_blocks
 from fl_rebasin.matching.coordinate_descent import MAX_SWEEPS, Matcher
-from fl_rebasin.matching.objective import checked_state, cosine, weights_of
+from fl_rebasin.matching.objective import (
+    check_finite,
+    check_module,
+    cosine,
+    weights_of,
+    with_weights,
+)
 from fl_rebasin.matching.weights import Match, best_match
 from fl_rebasin.state_dicts import StateDict
 from fl_rebasin.symmetry.axes import Axis, Fixed, Group, Parted, groups_of, pieces
@@ -342,7 +348,11 @@ def settle(
 
 
 def match_activations(
-    spec: PermutationSpec, reference: nn.Module, other: nn.Module, batches: Iterable[Any]
+    spec: PermutationSpec,
+    model: nn.Module,
+    reference: StateDict,
+    other: StateDict,
+    batches: Iterable[Any],
 ) -> Match:
     """Find the permutation of `other` whose units correlate best with those of `reference`.
 
@@ -351,15 +361,17 @@ def match_activations(
     layer of torch.nn shows (inside `nn.LSTM` and `nn.MultiheadAttention`), or none without another
     group that moves (heads over the same units), are matched by their weights, given the others.
     These also decide between equal correlations, as of units that never vary. Both models run in
-    evaluation mode and are as before afterwards.
+    evaluation mode.
 
     Args:
         spec: spec of both models.
-        reference: module that stays.
-        other: module to be permuted, on the same device; neither is changed.
+        model: a module of the architecture; it is copied, and its weights do not matter.
+        reference: state dict that stays.
+        other: state dict to be permuted; neither is changed.
         batches: unlabelled inputs, or tuples and lists whose first item is the input.
 
     Raises:
+        TypeError: `model` is not a module.
         SpecError: a model does not fit the spec, or holds NaN or infinite weights.
         ValueError: there is no batch, or an activation is not finite.
 
@@ -369,12 +381,16 @@ def match_activations(
         >>> from fl_rebasin import derive_spec
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> spec = derive_spec(net, torch.zeros(1, 2))
-        >>> match_activations(spec, net, net, [torch.randn(64, 2)]).permutation.is_identity
+        >>> state, batches = net.state_dict(), [torch.randn(64, 2)]
+        >>> match_activations(spec, net, state, state, batches).permutation.is_identity
         True
     """
-    fixed = checked_state(spec, reference, "reference")
-    moving = checked_state(spec, other, "other")
-    correlated = correlations(spec, reference, other, batches)
+    check_module(spec, model)
+    check_finite(spec, reference, "reference")
+    check_finite(spec, other, "other")
+    left, right = with_weights(model, reference), with_weights(model, other)
+    fixed, moving = left.state_dict(), right.state_dict()
+    correlated = correlations(spec, left, right, batches)
     found, silent = assign_correlated(spec, correlated)
     matcher = settle(spec, fixed, moving, found, correlated, silent)
     before = cosine(weights_of(spec, fixed), weights_of(spec, moving))

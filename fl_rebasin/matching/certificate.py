@@ -209,7 +209,7 @@ def margins(
     return found
 
 
-def unsettled_groups(room: Mapping[str, float]) -> list[str]:
+def uncertified_groups(room: Mapping[str, float]) -> list[str]:
     """Return the groups of which margins do not prove that their units are where they belong."""
     return [name for name, margin in room.items() if margin < 1]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fl_rebasin.matching.assignment import Prices
-from fl_rebasin.matching.certificate import Reference, margins, unsettled_groups
+from fl_rebasin.matching.certificate import Reference, margins, uncertified_groups
 from fl_rebasin.matching.coordinate_descent import MAX_SWEEPS, Matcher
 from fl_rebasin.matching.objective import inner, precision_of, weights_of
 from fl_rebasin.matching.weights import best_match, match_to
@@ -50,7 +50,7 @@ def heaviest(weights: Sequence[float]) -> int:
     return max(range(len(weights)), key=lambda place: (weights[place], -place))
 
 
-def all_still(permutations: Iterable[Permutation]) -> bool:
+def all_identity(permutations: Iterable[Permutation]) -> bool:
     """Whether no permutation moves anything."""
     return all(permutation.is_identity for permutation in permutations)
 
@@ -94,7 +94,7 @@ class Models:
             range(len(self.models)), key=lambda place: (self.shares[place], lengths[place])
         )
 
-    def still(self) -> list[Permutation]:
+    def identities(self) -> list[Permutation]:
         """Return permutations that move nothing."""
         return [self.spec.identity() for _ in self.models]
 
@@ -165,7 +165,7 @@ class Models:
             groups: those that may move, by default all.
             most: no more sweeps than so many for each model.
         """
-        found, sweeps = self.still(), 0
+        found, sweeps = self.identities(), 0
         *others, reference = self.order
         for place in others:
             found[place], used = self._match(
@@ -176,7 +176,7 @@ class Models:
 
     def match_in_pairs(self) -> tuple[list[Permutation], int]:
         """Match and merge models in pairs, then what came of it in pairs, until one is left."""
-        found, sweeps = self.still(), 0
+        found, sweeps = self.identities(), 0
         clusters = [[place] for place in self.order]
         while len(clusters) > 1:
             pairs = [clusters[place : place + 2] for place in range(0, len(clusters), 2)]
@@ -240,7 +240,7 @@ class Models:
         return permutations, sweeps
 
 
-def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
+def align(models: Models, method: Method, unit_order_of: Reference | None) -> Alignment:
     """Bring models together.
 
     Args:
@@ -251,34 +251,35 @@ def align(models: Models, method: Method, gauge: Reference | None) -> Alignment:
             `reference`: all matched to the heaviest. `hierarchical`: matched and merged in pairs.
             `textbook`: each in turn matched to the mean of the others, from the models as they
             came (Git Re-Basin, Algorithm 3).
-        gauge: learnable tensors of a model whose unit order the mean takes; None: that of the
-            heaviest model.
+        unit_order_of: the model whose unit order the mean takes; by default the heaviest model.
     """
-    came = models.still()
+    came = models.identities()
     if method == "joint":
-        around = Reference(models.spec, models.mean(came)) if gauge is None else gauge
+        around = (
+            Reference(models.spec, models.mean(came)) if unit_order_of is None else unit_order_of
+        )
         room = margins(around, models.models, models.shares)
-        unsettled = unsettled_groups(room)
+        unsettled = uncertified_groups(room)
         if not unsettled:
             return Alignment(tuple(came), 0, room)
         found, sweeps = _jointly(models, unsettled)
-        return in_unit_order(models, Alignment(tuple(found), sweeps, room), gauge)
+        return in_unit_order(models, Alignment(tuple(found), sweeps, room), unit_order_of)
     if method == "reference":
         found, sweeps = models.match_to_reference()
     elif method == "hierarchical":
         found, sweeps = models.match_in_pairs()
     else:
         found, sweeps = models.descend(came)
-    return in_unit_order(models, Alignment(tuple(found), sweeps), gauge)
+    return in_unit_order(models, Alignment(tuple(found), sweeps), unit_order_of)
 
 
 def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutation], int]:
-    came = models.still()
+    came = models.identities()
     if len(came) == 1:
         return came, 0
     few = MAX_SWEEPS if len(came) == 2 else FEW_SWEEPS
     matched, sweeps = models.match_to_reference(unsettled, few)
-    if all_still(matched):
+    if all_identity(matched):
         found, used = models.descend(came, unsettled)
         return found, sweeps + used
     mean = models.mean(matched)
@@ -286,7 +287,7 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
         if len(came) == 2 and len(unsettled) == len(models.spec.groups):
             # One of them is where it belongs, and the match is all there is to do.
             return matched, sweeps
-        unsettled = unsettled_groups(models.margins(Reference(models.spec, mean), matched))
+        unsettled = uncertified_groups(models.margins(Reference(models.spec, mean), matched))
         found, used = models.descend(matched, unsettled, mean)
         return found, sweeps + used
     del mean
@@ -300,13 +301,13 @@ def _jointly(models: Models, unsettled: Collection[str]) -> tuple[list[Permutati
     return best, sweeps + used
 
 
-def in_unit_order(models: Models, found: Alignment, gauge: Reference | None) -> Alignment:
-    """Move all models alike, so that the heaviest stays or their mean lies closest to a gauge."""
+def in_unit_order(models: Models, found: Alignment, unit_order_of: Reference | None) -> Alignment:
+    """Permute all models alike: the heaviest stays, or their mean moves to a given model."""
     home = found.permutations[heaviest(models.shares)].invert()
     permutations = [home.compose(each) for each in found.permutations]
     sweeps = found.sweeps
-    if gauge is not None:
-        last, used = match_to(gauge, models.mean(permutations))
+    if unit_order_of is not None:
+        last, used = match_to(unit_order_of, models.mean(permutations))
         permutations = [last.compose(each) for each in permutations]
         sweeps += used
     return Alignment(tuple(permutations), sweeps, found.margins)
@@ -316,7 +317,8 @@ def align_many(
     spec: PermutationSpec,
     state_dicts: Sequence[StateDict],
     weights: Sequence[float] | None = None,
-    gauge: StateDict | None = None,
+    *,
+    unit_order_of: StateDict | None = None,
     start: Sequence[Permutation] | None = None,
     method: Method = "joint",
 ) -> Alignment:
@@ -329,7 +331,7 @@ def align_many(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     models = _models(spec, state_dicts, weights)
-    around = None if gauge is None else Reference(spec, weights_of(spec, gauge))
+    around = None if unit_order_of is None else Reference(spec, weights_of(spec, unit_order_of))
     if start is None:
         return align(models, method, around)
     still = spec.identity().indices
@@ -341,16 +343,16 @@ def align_many(
     return in_unit_order(models, Alignment(tuple(permutations), sweeps), around)
 
 
-def into_gauge(
+def restore_unit_order(
     spec: PermutationSpec,
     state_dicts: Sequence[StateDict],
     weights: Sequence[float] | None,
     permutations: Sequence[Permutation],
-    gauge: StateDict,
+    unit_order_of: StateDict,
 ) -> Alignment:
-    """Return the permutations followed by one for all, which brings their mean to a gauge."""
+    """Return the permutations, followed by one for all that moves their mean to a model."""
     models = _models(spec, state_dicts, weights)
-    around = Reference(spec, weights_of(spec, gauge))
+    around = Reference(spec, weights_of(spec, unit_order_of))
     return in_unit_order(models, Alignment(tuple(permutations), 0), around)
 
 
@@ -372,7 +374,7 @@ def mean_similarities(
     Only parameters that can be learnt count.
     """
     federation = _models(spec, state_dicts, weights)
-    before = federation.similarity(federation.still())
-    if all_still(permutations):
+    before = federation.similarity(federation.identities())
+    if all_identity(permutations):
         return before, before
     return before, federation.similarity(permutations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -25,18 +26,23 @@ def check_finite(spec: PermutationSpec, state_dict: StateDict, name: str) -> Non
             raise SpecError(f"{name}: {key} holds NaN or infinite values")
 
 
-def checked_state(spec: PermutationSpec, model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the state dict of a module that fits the spec and whose values are finite.
+def check_module(spec: PermutationSpec, model: nn.Module) -> None:
+    """Raise unless a model is a module of the architecture.
 
     Raises:
-        TypeError: it is no module.
-        SpecError: it does not fit the spec, or holds NaN or infinite values.
+        TypeError: it is not a module.
+        SpecError: its state dict does not fit the spec.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a module, so that it can run, got {type(model).__name__}")
-    state_dict = {key: value.detach() for key, value in model.state_dict().items()}
-    check_finite(spec, state_dict, name)
-    return state_dict
+        raise TypeError(f"model must be a module, so that it can run, got {type(model).__name__}")
+    spec.check(model.state_dict())
+
+
+def with_weights(model: nn.Module, state_dict: StateDict) -> nn.Module:
+    """Return a copy of a module that holds other weights, on the module's device."""
+    filled = copy.deepcopy(model)
+    filled.load_state_dict(state_dict)
+    return filled
 
 
 def weights_of(spec: PermutationSpec, state_dict: StateDict) -> dict[str, Tensor]:

@@ -13,8 +13,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_rebasin.matching.coordinate_descent import Matcher
-from fl_rebasin.matching.objective import checked_state, cosine, precision_of, weights_of
+from fl_rebasin.matching.objective import (
+    check_finite,
+    check_module,
+    cosine,
+    precision_of,
+    weights_of,
+    with_weights,
+)
 from fl_rebasin.matching.weights import Match, match_weights
+from fl_rebasin.state_dicts import StateDict
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
@@ -22,8 +30,9 @@ Loss = Callable[[Any, Any], Tensor]
 
 def match_straight_through(
     spec: PermutationSpec,
-    reference: nn.Module,
-    other: nn.Module,
+    model: nn.Module,
+    reference: StateDict,
+    other: StateDict,
     batches: Sequence[tuple[Any, Any]],
     *,
     epochs: int = 1,
@@ -43,8 +52,9 @@ def match_straight_through(
 
     Args:
         spec: spec of both models.
-        reference: module that stays.
-        other: module to be permuted, on the same device; neither is changed.
+        model: a module of the architecture; it is copied, and its weights do not matter.
+        reference: state dict that stays.
+        other: state dict to be permuted; neither is changed.
         batches: pairs of inputs and targets, gone through `epochs` times and to compare.
         epochs: passes over the batches.
         learning_rate: Adam's.
@@ -52,6 +62,7 @@ def match_straight_through(
         start: permutation to begin with; by default that of `match_weights`.
 
     Raises:
+        TypeError: `model` is not a module.
         SpecError: a model or `start` does not fit the spec, or weights are not finite.
         ValueError: no batch, one that is no pair, or the loss is not finite.
 
@@ -62,13 +73,17 @@ def match_straight_through(
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> spec = derive_spec(net, torch.zeros(1, 2))
         >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
-        >>> match_straight_through(spec, net, net, batches).permutation.is_identity
+        >>> state = net.state_dict()
+        >>> match_straight_through(spec, net, state, state, batches).permutation.is_identity
         True
     """
     if not len(batches):
         raise ValueError("no batch to learn the permutation from")
-    fixed = checked_state(spec, reference, "reference")
-    moving = checked_state(spec, other, "other")
+    check_module(spec, model)
+    check_finite(spec, reference, "reference")
+    check_finite(spec, other, "other")
+    fixed = with_weights(model, reference).state_dict()
+    moving = with_weights(model, other).state_dict()
     weights = weights_of(spec, moving)
     if start is None:
         match = match_weights(spec, fixed, moving)
@@ -76,7 +91,7 @@ def match_straight_through(
     else:
         spec.check_permutation(start)
         first, sweeps = Matcher(spec, weights, weights, start).permutation, 0
-    runner = _runner(reference)
+    runner = _runner(model)
     # Of a tensor with two names the first is enough, and only one may be given.
     names = [
         key for key, _ in (*runner.named_parameters(), *runner.named_buffers()) if key in fixed

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_rebasin.matching.certificate import Reference, margins, unsettled_groups
+from fl_rebasin.matching.certificate import Reference, margins, uncertified_groups
 from fl_rebasin.matching.coordinate_descent import MAX_SWEEPS, Matcher
 from fl_rebasin.matching.objective import check_finite, inner, precision_of, weights_of
 from fl_rebasin.state_dicts import StateDict
@@ -71,7 +71,7 @@ def match_to(reference: Reference, weights: Mapping[str, Tensor]) -> tuple[Permu
     """
     spec = reference.spec
     # Of one model alone the margins are those of a match with the reference.
-    unsettled = unsettled_groups(margins(reference, [weights], [1.0]))
+    unsettled = uncertified_groups(margins(reference, [weights], [1.0]))
     if not unsettled:
         return spec.identity(), 0
     precision, _ = precision_of([reference.tensors, weights])
@@ -80,7 +80,7 @@ def match_to(reference: Reference, weights: Mapping[str, Tensor]) -> tuple[Permu
     )
     if len(unsettled) < len(spec.groups):
         # What was proved of a group no longer holds once its neighbours have moved.
-        again = unsettled_groups(margins(reference, [matcher.weights], [1.0]))
+        again = uncertified_groups(margins(reference, [matcher.weights], [1.0]))
         sweeps += matcher.descend(unsettled=again)
     return matcher.permutation, sweeps
 

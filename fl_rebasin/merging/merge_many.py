@@ -23,8 +23,8 @@ class Merge:
         similarity: weighted mean cosine of the permuted models to the merged one.
         similarity_before: the same for the models as they came and their plain mean.
         sweeps: sweeps over all groups, summed over the models.
-        margins: for each group the factor, or less, by which the models' distances from the gauge
-            (from their mean without one) could grow and still no unit would have to move: from 1
+        margins: for each group the factor, or less, by which the models' distances from
+            `unit_order_of` (from their mean without one) could grow and still no unit would have to move: from 1
             on alignment changes nothing. Empty where the method does not ask.
     """
 
@@ -45,7 +45,8 @@ def merge_many(
     spec: PermutationSpec,
     state_dicts: Sequence[StateDict],
     weights: Sequence[float] | None = None,
-    gauge: StateDict | None = None,
+    *,
+    unit_order_of: StateDict | None = None,
     method: Method = "joint",
 ) -> Merge:
     """Permute N models into one basin and return their weighted mean.
@@ -60,9 +61,9 @@ def merge_many(
         state_dicts: the models, N >= 1; not changed.
         weights: one weight a model (for example its number of training examples), any scale;
             equal ones by default.
-        gauge: a state dict whose unit order the merged model shall take, for example the global
-            model of the last round; by default that of the heaviest model, of equal ones the
-            first.
+        unit_order_of: the state dict whose unit order the merged model takes, for example the
+            global model of the last round; by default the heaviest model, of equally heavy ones
+            the first.
         method: who is matched to whom.
             `"joint"`: all to the heaviest, then each in turn to the weighted mean of the others,
             until nobody moves; where the first step is one down, from the models in pairs and as
@@ -93,9 +94,9 @@ def merge_many(
     shares = normalised(weights, len(state_dicts))
     for place, state_dict in enumerate(state_dicts):
         check_finite(spec, state_dict, f"model {place}")
-    if gauge is not None:
-        check_finite(spec, gauge, "gauge")
-    found = align_many(spec, state_dicts, weights, gauge, method=method)
+    if unit_order_of is not None:
+        check_finite(spec, unit_order_of, "unit_order_of")
+    found = align_many(spec, state_dicts, weights, unit_order_of=unit_order_of, method=method)
     merged = {}
     for key, first in state_dicts[0].items():
         values = (

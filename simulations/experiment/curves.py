@@ -16,7 +16,7 @@ from experiment.seeding import derived_seed, shared_model
 from experiment.settings import Settings
 from experiment.training import predict, statistics_batches
 from fl_rebasin import interpolate, recalibrate_batchnorm
-from fl_rebasin.metrics import LAMBDAS, accuracy, height, log_loss
+from fl_rebasin.metrics import LAMBDAS, accuracy, barrier_of, log_loss
 
 CURVE_STATISTICS_IMAGES = 1000
 """Number of training images for the BatchNorm statistics at each point of a curve."""
@@ -84,12 +84,14 @@ def curve(
     lambdas = [place / (LAMBDAS - 1) for place in range(LAMBDAS)]
     losses, accuracies = [], []
     for lam in lambdas:
-        model.cpu().load_state_dict(interpolate(left, right, lam))
+        state = interpolate(left, right, lam)
+        model.cpu()
         if recalibrate:
             batches = statistics_batches(
                 dataset, dataset.train_images, dataset.train_labels, CURVE_STATISTICS_IMAGES, seed
             )
-            model.load_state_dict(recalibrate_batchnorm(model, batches))
+            state = recalibrate_batchnorm(model, state, batches)
+        model.load_state_dict(state)
         probabilities = predict(model, dataset, test_images).double().softmax(1)
         losses.append(log_loss(probabilities, labels))
         accuracies.append(accuracy(probabilities, labels))
@@ -98,7 +100,7 @@ def curve(
         "lambdas": lambdas,
         "losses": losses,
         "accuracies": accuracies,
-        "loss": height(losses),
-        "accuracy": height([1 - value for value in accuracies]),
+        "loss": barrier_of(losses),
+        "accuracy": barrier_of([1 - value for value in accuracies]),
         "images": len(labels),
     }

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from experiment.errors import UserError
+from fl_rebasin.flower import (
+    ActivationMatching,
+    BatchNorm,
+    Guard,
+    LeastSquares,
+    StraightThrough,
+    WeightMatching,
+)
 
 LABEL_COUNTS = "label-counts"
 """Metric of the training replies: the number of training images of each class."""
@@ -12,21 +21,32 @@ LABEL_COUNTS = "label-counts"
 GUARD = "rebasin+guard"
 """The method for which clients hold out images."""
 
-_FITTED = {"least_squares": "layerwise", "label_counts": LABEL_COUNTS}
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rebasin-activation+bn": {"matching": "activations"},
-    "rebasin-ste+bn": {"matching": "straight-through"},
-    "naive+lsq": {"matching": "none", **_FITTED},
-    "rebasin+lsq": {"matching": "activations-then-weights", **_FITTED},
-    GUARD: {"matching": "activations-then-weights", **_FITTED, "guard": True},
+@dataclass(frozen=True)
+class Method:
+    """A merging method: options of `ReBasinStrategy`."""
+
+    align: WeightMatching | ActivationMatching | StraightThrough | None
+    finish: Sequence[BatchNorm | LeastSquares] = (BatchNorm(),)
+    guard: Guard | None = None
+
+
+_ALIGN = ActivationMatching(then_weights=True)
+_FIT = (LeastSquares(label_counts=LABEL_COUNTS),)
+
+ALWAYS = {"naive+bn": Method(None), "rebasin+bn": Method(WeightMatching())}
+"""The methods of every run; `naive` and `rebasin` are their results without BatchNorm."""
+
+METHODS = {
+    "rebasin-activation+bn": Method(ActivationMatching()),
+    "rebasin-ste+bn": Method(StraightThrough()),
+    "naive+lsq": Method(None, _FIT),
+    "rebasin+lsq": Method(_ALIGN, _FIT),
+    GUARD: Method(_ALIGN, _FIT, Guard()),
 }
-"""Options of `ReBasinStrategy` for each method that the user can choose."""
+"""The methods that the user can choose."""
 
-ALWAYS = ("naive", "naive+bn", "rebasin", "rebasin+bn")
-"""The methods of every run."""
-
-CONTINUED = ("naive+bn", "rebasin+bn", "naive+lsq", "rebasin+lsq", GUARD)
+CONTINUED = (*ALWAYS, "naive+lsq", "rebasin+lsq", GUARD)
 """The methods that take part in later rounds; the others differ from them only in the matching."""
 
 
@@ -38,7 +58,7 @@ def chosen_methods(names: list[str]) -> tuple[str, ...]:
     """
     if names == ["all"]:
         return tuple(METHODS)
-    known = (*ALWAYS, *METHODS)
+    known = ("naive", "rebasin", *ALWAYS, *METHODS)
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--methods {unknown[0]} is unknown: use all, or any of {', '.join(known)}")
     if len(set(names)) < len(names):

@@ -12,11 +12,11 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from experiment.data import Dataset
 from experiment.errors import FederationError
-from experiment.methods import CONTINUED, METHODS
+from experiment.methods import ALWAYS, CONTINUED, METHODS
 from experiment.recorder import ModelState, Recorder
 from experiment.seeding import shared_model
 from experiment.settings import Settings
-from fl_rebasin import ReBasinStrategy
+from fl_rebasin.flower import ReBasinStrategy
 
 Aggregate = tuple[ArrayRecord, MetricRecord]
 
@@ -99,14 +99,18 @@ class _Server:
         example = dataset.normalise(dataset.train_images[:1])
         self._initial = ArrayRecord(model.state_dict())
 
-        def rebasin(inner: Strategy, **options: Any) -> ReBasinStrategy:
-            return ReBasinStrategy(inner, model=model, example_inputs=example, **options)
-
-        self.averages = {"naive": Recorder(_fedavg()), "rebasin": Recorder(_fedavg())}
+        self.averages = {name.removesuffix("+bn"): Recorder(_fedavg()) for name in ALWAYS}
+        methods = ALWAYS | {name: METHODS[name] for name in settings.methods}
         self.strategies = {
-            "naive+bn": rebasin(self.averages["naive"], matching="none"),
-            "rebasin+bn": rebasin(self.averages["rebasin"]),
-            **{name: rebasin(_fedavg(), **METHODS[name]) for name in settings.methods},
+            name: ReBasinStrategy(
+                self.averages.get(name.removesuffix("+bn"), _fedavg()),
+                model=model,
+                example_inputs=example,
+                align=method.align,
+                finish=method.finish,
+                guard=method.guard,
+            )
+            for name, method in methods.items()
         }
 
     def first_round(self) -> tuple[Recorder, dict[str, Aggregate]]:

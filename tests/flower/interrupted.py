@@ -30,7 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from helpers import near
 from torch import nn
 
-from fl_rebasin.flower import ReBasinStrategy
+from fl_rebasin.flower import Checkpointed, ReBasinStrategy
 
 NODES = range(1, 5)
 RANDOM_DEATHS = 20
@@ -50,13 +50,15 @@ def template() -> ReBasinStrategy:
     )
 
 
-def aligned(inner: Strategy, folder: Path | None = None, **options: Any) -> ReBasinStrategy:
-    """A new strategy; its spec is derived once."""
+def aligned(
+    inner: Strategy, folder: Path | None = None, *, keep: int = 3, resume: bool = False
+) -> Strategy:
+    """A new `ReBasinStrategy`, with checkpoints if there is a folder; the spec is derived once."""
     strategy = copy.copy(template())
     strategy.strategy = inner
-    strategy.checkpoint_dir = folder
-    vars(strategy).update(options)
-    return strategy
+    if folder is None:
+        return strategy
+    return Checkpointed(strategy, folder, keep=keep, resume=resume)
 
 
 def client(node: int) -> Callable[[Message, Context], Message]:
@@ -130,9 +132,7 @@ def everything(result: Result) -> list[Any]:
 
 
 def interrupted(folder: Path, rounds: int) -> Result:
-    return run(
-        aligned(FedAdam(fraction_train=0.5), folder, resume=True, keep_checkpoints=2), rounds
-    )
+    return run(aligned(FedAdam(fraction_train=0.5), folder, resume=True, keep=2), rounds)
 
 
 def _die() -> None:

@@ -35,7 +35,7 @@ from zoo import ZOO
 from fl_rebasin import Permutation, PermutationSpec, match_weights
 from fl_rebasin.flower import ReBasinStrategy
 from fl_rebasin.matching.activations import match_activations
-from fl_rebasin.matching.many import align_many, into_gauge
+from fl_rebasin.matching.many import align_many, restore_unit_order
 from fl_rebasin.matching.straight_through import match_straight_through
 from fl_rebasin.state_dicts import average
 
@@ -120,12 +120,11 @@ def module_of(name: str, state: State) -> nn.Module:
 def matched(name: str, method: str, node_id: int) -> Permutation:
     """The permutation of a client, found in one place."""
     spec, models = strategy_for(name, method).spec, strangers(name)
-    reference, own = (module_of(name, models[each]) for each in (HEAVIEST, node_id))
-    found = match_activations(spec, reference, own, data(name, node_id)).permutation
+    reference, own = models[HEAVIEST], models[node_id]
+    model, batches = classifier(name), data(name, node_id)
+    found = match_activations(spec, model, reference, own, batches).permutation
     if method == "straight-through":
-        return match_straight_through(
-            spec, reference, own, data(name, node_id), start=found
-        ).permutation
+        return match_straight_through(spec, model, reference, own, batches, start=found).permutation
     return found
 
 
@@ -137,9 +136,9 @@ def merged(
     weights, gauge = list(WEIGHTS.values()), random_state(ZOO[name], 0)
     start = [permutations[node_id] for node_id in WEIGHTS]
     if method == "activations-then-weights":
-        found = align_many(spec, models, weights, gauge, start).permutations
+        found = align_many(spec, models, weights, unit_order_of=gauge, start=start).permutations
     else:
-        found = into_gauge(spec, models, weights, start, gauge).permutations
+        found = restore_unit_order(spec, models, weights, start, gauge).permutations
     aligned = [spec.apply(*pair) for pair in zip(found, models, strict=True)]
     return average(aligned, weights), found
 

@@ -48,7 +48,7 @@ from interrupted import (
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fl_rebasin.flower import ReBasinStrategy, WrappedStrategy, load_checkpoint
+from fl_rebasin.flower import Checkpointed, WrappedStrategy, load_checkpoint
 from fl_rebasin.flower.checkpoint import files
 from fl_rebasin.flower.checkpoint.codec import UnstorableError, decode, encode, fingerprint
 
@@ -199,13 +199,13 @@ def test_a_run_broken_anywhere_ends_as_one_that_never_broke(
         strategy = aligned(INNER[name](), folder, resume=True)
         result = run(strategy, ROUNDS, seed=99 if names(folder) else 7)
         assert everything(result) == expected, f"broken at message {sent}"
-    assert not [r for r in caplog.records if "no checkpoint can hold" in r.getMessage()]
+    assert not [r for r in caplog.records if "checkpoint cannot hold" in r.getMessage()]
 
 
 def test_a_run_may_break_again_and_again(tmp_path: Path) -> None:
     expected = everything(run(aligned(restless()), 6))
     for number in range(1, 6):
-        strategy = aligned(restless(), tmp_path, resume=True, keep_checkpoints=1)
+        strategy = aligned(restless(), tmp_path, resume=True, keep=1)
         with pytest.raises(BreakError):
             run(strategy, 6, breaking_at(3), seed=7 if number == 1 else number)
         assert names(tmp_path) == [round_name(number)]
@@ -244,7 +244,7 @@ def test_a_killed_run_ends_as_one_that_never_broke(tmp_path: Path) -> None:
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
-    run(aligned(FedAdam(), tmp_path, keep_checkpoints=2), 5)
+    run(aligned(FedAdam(), tmp_path, keep=2), 5)
     assert names(tmp_path) == [round_name(4), round_name(5)]
 
 
@@ -373,8 +373,8 @@ def test_what_cannot_be_stored_is_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = [
-        "no checkpoint can hold WithLedger.ledger (Ledger): after a resume it starts anew",
-        "no checkpoint can hold WithLedger.function (function): after a resume it starts anew",
+        "a checkpoint cannot hold WithLedger.ledger (Ledger): a resumed run starts without it",
+        "a checkpoint cannot hold WithLedger.function (function): a resumed run starts without it",
     ]
     run(aligned(WithLedger(), tmp_path), 3)
     assert warnings_of(caplog) == expected
@@ -441,17 +441,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated head": (lambda path: os.truncate(path, 500), "cannot be read"),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot be read"),
     "garbage": (lambda path: path.write_bytes(random.Random(1).randbytes(9999)), "cannot be read"),
-    "a bit": (_flipped, "does not fit its digest"),
-    "no metadata": (lambda path: save_file(load_file(path), path), "format None"),
-    "version": (lambda path: _with_metadata(path, format="fl_rebasin.checkpoint/9"), "reads fl_"),
-    "content": (lambda path: _with_metadata(path, content="{}"), "does not fit its digest"),
+    "a bit": (_flipped, "does not match its digest"),
+    "no metadata": (lambda path: save_file(load_file(path), path), "format is None"),
+    "version": (lambda path: _with_metadata(path, format="fl_rebasin.checkpoint/9"), "reads 'fl_"),
+    "content": (lambda path: _with_metadata(path, content="{}"), "does not match its digest"),
     "no JSON": (lambda path: _with_metadata(path, content="{", digest=files.digest_of(
         "{", load_file(path))), "double quotes"),
     "other JSON": (lambda path: _with_json(path, lambda content: []), "cannot be read"),
     "missing field": (lambda path: _with_json(
         path, lambda content: {k: v for k, v in content.items() if k != "model"}), "model"),
     "unknown node": (lambda path: _with_json(
-        path, lambda content: {**content, "memory": {"surprise": 1}}), "surprise"),
+        path, lambda content: {**content, "state": {"surprise": 1}}), "surprise"),
     "other round": (lambda path: _with_json(
         path, lambda content: {**content, "round": 7}), "holds round 7"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
@@ -474,7 +474,7 @@ def test_instead_of_a_damaged_file_the_one_before_is_taken(
     assert everything(resumed(tmp_path)) == expected
     if damage != "folder":
         (warning,) = warnings_of(caplog)
-        assert "passed over" in warning
+        assert "skipped" in warning
         assert round_name(3) in warning
         assert words in warning
     assert load_checkpoint(tmp_path / round_name(3)).round == 3
@@ -492,7 +492,7 @@ def test_damaged_files_of_later_rounds_do_not_push_out_good_ones(tmp_path: Path)
     done(tmp_path, 3)
     for number in (2, 3):
         os.truncate(tmp_path / round_name(number), 100)
-    strategy = aligned(FedAdam(), tmp_path, resume=True, keep_checkpoints=1)
+    strategy = aligned(FedAdam(), tmp_path, resume=True, keep=1)
     with pytest.raises(BreakError):
         run(strategy, ROUNDS, breaking_at(2))
     assert load_checkpoint(tmp_path / round_name(2)).round == 2
@@ -502,14 +502,20 @@ def test_damaged_files_of_later_rounds_do_not_push_out_good_ones(tmp_path: Path)
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: nn.Linear(3, 6), r" weight is missing there, float32 \(6, 3\) in"),
-        (lambda: net()[:3], r"3\.weight is float32 \(2, 6\) there, missing in"),
+        (lambda: nn.Linear(3, 6), r" weight is missing in the checkpoint, float32 \(6, 3\) in"),
+        (lambda: net()[:3], r"3\.weight is float32 \(2, 6\) in the checkpoint, missing in"),
         (
             lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),
-            r"0\.weight is float32 \(6, 3\) there, float32 \(8, 3\) in",
+            r"0\.weight is float32 \(6, 3\) in the checkpoint, float32 \(8, 3\) in",
         ),
-        (lambda: net().double(), r"0\.weight is float32 \(6, 3\) there, float64 \(6, 3\) in"),
-        (lambda: nn.Sequential(*net(), nn.Linear(2, 2)), r"4\.weight is missing there, float32"),
+        (
+            lambda: net().double(),
+            r"0\.weight is float32 \(6, 3\) in the checkpoint, float64 \(6, 3\) in",
+        ),
+        (
+            lambda: nn.Sequential(*net(), nn.Linear(2, 2)),
+            r"4\.weight is missing in the checkpoint, float32",
+        ),
     ],
 )
 def test_another_architecture_is_refused(
@@ -517,7 +523,7 @@ def test_another_architecture_is_refused(
 ) -> None:
     done(tmp_path)
     strategy = aligned(FedAdam(), tmp_path, resume=True)
-    with pytest.raises(ValueError, match=words + r".*use the model.*another checkpoint_dir"):
+    with pytest.raises(ValueError, match=words + r".*use the model.*another folder"):
         strategy.start(breaking_at(0).grid, ArrayRecord(other().state_dict()), 3)
 
 
@@ -531,33 +537,30 @@ def test_another_order_of_keys_is_refused(tmp_path: Path) -> None:
 
 def test_other_strategies_are_refused(tmp_path: Path) -> None:
     done(tmp_path)
-    words = "ReBasinStrategy around FedAdam, these are ReBasinStrategy around FedYogi.*use the same"
+    words = r"ReBasinStrategy\(FedAdam\), this run uses ReBasinStrategy\(FedYogi\): use the same"
     with pytest.raises(ValueError, match=words):
         resumed(tmp_path, inner=FedYogi())
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"resume": True}, "resume=True needs checkpoint_dir"),
-        ({"checkpoint_dir": "here", "keep_checkpoints": 0}, "keep_checkpoints is 0: at least 1"),
-    ],
-)
-def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ReBasinStrategy(model=net(), example_inputs=torch.zeros(2, 3), **options)
+@pytest.mark.parametrize("keep", [0, -1, 2.0, True, None])
+def test_keep_must_be_a_positive_int(keep: Any) -> None:
+    with pytest.raises(ValueError, match=f"keep must be an int of at least 1, got {keep}"):
+        Checkpointed(FedAvg(), "here", keep=keep)
 
 
-def test_options_are_taken(tmp_path: Path) -> None:
-    strategy = ReBasinStrategy(
-        model=net(), example_inputs=torch.zeros(2, 3), recalibrate_batchnorm=False,
-        checkpoint_dir=str(tmp_path), keep_checkpoints=1,
-    )  # fmt: skip
-    run(strategy, 2)
-    assert names(tmp_path) == [round_name(2)]
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match=r"file is a file: give a folder"):
+        Checkpointed(FedAvg(), file)
 
 
-def test_another_strategy_around_it_would_write_nothing(tmp_path: Path) -> None:
+def test_the_folder_may_be_a_string(tmp_path: Path) -> None:
+    run(Checkpointed(FedAvg(), str(tmp_path / "new"), keep=1), 2)
+    assert names(tmp_path / "new") == [round_name(2)]
+
+
+def test_checkpointed_must_be_the_outermost_strategy(tmp_path: Path) -> None:
     outer = DifferentialPrivacyServerSideFixedClipping(aligned(FedAvg(), tmp_path), 0.1, 1.0, 4)
     with pytest.raises(ValueError, match="make it the outermost strategy"):
         run(outer, 1)
@@ -617,7 +620,7 @@ def test_writing_that_fails_leaves_the_earlier_ones(
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with monkeypatch.context() as patch:
         spoil(patch)
-        expected = rf"checkpoint of round 3 could not be written .*{words}.*as they were.*resume"
+        expected = rf"checkpoint of round 3 could not be written .*{words}.*unchanged.*resume"
         with pytest.raises(OSError, match=expected):
             resumed(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
@@ -703,9 +706,9 @@ def assert_equal(left: Any, right: Any) -> None:
 
 @pytest.mark.parametrize("name", VALUES)
 def test_values_come_back_as_they_were(name: str, tmp_path: Path) -> None:
-    done = files.Checkpoint(1, ArrayRecord(), memory={"value": VALUES[name]})
+    done = files.Checkpoint(1, ArrayRecord(), state={"value": VALUES[name]})
     found = load_checkpoint(files.save_checkpoint(tmp_path, done, 1))
-    assert_equal(found.memory["value"], VALUES[name])
+    assert_equal(found.state["value"], VALUES[name])
 
 
 @pytest.mark.parametrize(

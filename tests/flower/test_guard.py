@@ -140,9 +140,11 @@ def candidates(name: str = NET, gauge: State | None = None) -> dict[str, list[St
     gauge = random_state(ZOO[name], 0) if gauge is None else gauge
     spec = strategy_for(name).spec
     found = {
-        "aligned": merge_many(spec, models, weights, gauge).permutations,
+        "aligned": merge_many(spec, models, weights, unit_order_of=gauge).permutations,
         "naive": [spec.identity()] * 3,
-        "reference": align_many(spec, models, weights, gauge, method="reference").permutations,
+        "reference": align_many(
+            spec, models, weights, unit_order_of=gauge, method="reference"
+        ).permutations,
     }
     return {
         candidate: [spec.apply(*pair) for pair in zip(orders, models, strict=True)]

@@ -28,6 +28,7 @@ from federation import (
     tensors,
     vast,
 )
+from fl_rebasin.flower.least_squares import fit_on_clients
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvgM
@@ -37,7 +38,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import ZOO
 
 from fl_rebasin.flower import ReBasinStrategy
-from fl_rebasin.flower.least_squares import fit_on_clients
 from fl_rebasin.merging.heads import without_label_prior
 from fl_rebasin.merging.least_squares import fit_least_squares, plan
 from fl_rebasin.merging.merge_many import merge_many
@@ -99,7 +99,7 @@ def fitted(
     """The fit in one place, with the data of some of the clients."""
     models, gauge = strangers(name), random_state(ZOO[name], 0)
     spec = strategy_for(name, method).spec
-    merge = merge_many(spec, list(models.values()), list(WEIGHTS.values()), gauge)
+    merge = merge_many(spec, list(models.values()), list(WEIGHTS.values()), unit_order_of=gauge)
     moved = [
         spec.apply(permutation, models[node_id])
         for permutation, node_id in zip(merge.permutations, models, strict=True)
@@ -215,7 +215,9 @@ def test_what_clients_compute_is_corrected_for_their_labels() -> None:
     result, _ = one_round(strategy, federation(name), random_state(ZOO[name], 0), replies)
 
     models = list(strangers(name).values())
-    merge = merge_many(strategy.spec, models, list(WEIGHTS.values()), random_state(ZOO[name], 0))
+    merge = merge_many(
+        strategy.spec, models, list(WEIGHTS.values()), unit_order_of=random_state(ZOO[name], 0)
+    )
     table = [torch.tensor(each) for each in counts.values()]
     corrected = [
         without_label_prior(strategy.spec.apply(move, model), own, sum(table), "6.bias")

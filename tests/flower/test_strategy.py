@@ -257,7 +257,7 @@ def test_result_and_metrics_are_those_of_merge_many_with_the_example_counts(name
     model, *clients = (start(name, seed) for seed in range(4))
     weights = [10, 1, 25]
     spec = named_spec(name)
-    merge = merge_many(spec, clients, weights=weights, gauge=model)
+    merge = merge_many(spec, clients, weights=weights, unit_order_of=model)
     result, metrics = one_round(rebasin(name), ArrayRecord(model), replies_of(clients, weights))
     assert_same(tensors(result), merge.state_dict, rtol=1e-4, atol=1e-6)
     assert metrics is not None
@@ -266,7 +266,7 @@ def test_result_and_metrics_are_those_of_merge_many_with_the_example_counts(name
     assert metrics["rebasin-similarity-before"] == pytest.approx(merge.similarity_before)
     assert metrics["rebasin-similarity-after"] == pytest.approx(merge.similarity)
 
-    unweighted = merge_many(spec, clients, gauge=model)
+    unweighted = merge_many(spec, clients, unit_order_of=model)
     assert distance(tensors(result), unweighted.state_dict) > 0.1
 
 
@@ -677,7 +677,7 @@ def test_weight_key_of_the_innermost_strategy_is_honoured(
         real_reply(content_of(lost, 100), BAD_NODE),
     ]
     result, _ = one_round(strategy, ArrayRecord(model), replies)
-    merge = merge_many(strategy.spec, [left, right], weights=[2, 6], gauge=model)
+    merge = merge_many(strategy.spec, [left, right], weights=[2, 6], unit_order_of=model)
     assert_same(tensors(result), merge.state_dict, rtol=1e-4, atol=1e-5)
     reason = "expected one MetricRecord, with one number 'steps'"
     assert f"reply of node {BAD_NODE} dropped: {reason}" in caplog.text
@@ -751,7 +751,7 @@ def labelled(states: Iterable[State], counts: Iterable[Any]) -> list[Message]:
 def headed(model: State, counts: Iterable[Any]) -> tuple[State, State]:
     """What a round makes of three strangers; with class-aware heads, and plain."""
     strangers = [start("mlp", seed) for seed in (1, 2, 3)]
-    merge = merge_many(with_heads().spec, strangers, weights=WEIGHTS, gauge=model)
+    merge = merge_many(with_heads().spec, strangers, weights=WEIGHTS, unit_order_of=model)
     pairs = list(zip(merge.permutations, strangers, counts, strict=True))
     known = [(with_heads().spec.apply(move, each), c) for move, each, c in pairs if c is not None]
     if not known:

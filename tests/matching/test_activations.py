@@ -71,7 +71,7 @@ def test_a_planted_permutation_is_undone(name: str) -> None:
     planted = spec.random(torch.Generator().manual_seed(0))
     other = moved_copy(model, spec, planted)
     batches = [batch_of(entry, seed) for seed in range(8)]
-    match = match_activations(spec, model, other, batches)
+    match = match_activations(spec, model, model.state_dict(), other.state_dict(), batches)
     assert match.permutation.compose(planted).is_identity
     assert match.similarity == pytest.approx(1)
     assert match.similarity_before < match.similarity
@@ -265,7 +265,9 @@ def test_the_data_decide_where_the_weights_mislead() -> None:
             other[first].weight *= scale[:, None]
             other[first].bias *= scale
             other[second].weight /= scale
-    match = match_activations(spec, model, other, [rows(400, seed=0) - 2])
+    match = match_activations(
+        spec, model, model.state_dict(), other.state_dict(), [rows(400, seed=0) - 2]
+    )
     assert match.permutation.compose(planted).is_identity
     by_weights = match_weights(spec, model.state_dict(), other.state_dict())
     assert not by_weights.permutation.compose(planted).is_identity
@@ -300,7 +302,9 @@ def test_units_that_never_vary_are_matched_by_their_weights() -> None:
     spec, data = derive_spec(model, torch.zeros(1, 4)), [rows(50, seed=0) / 9]
     assert int((correlations(spec, model, model, data)["0",] == 0).all(1).sum()) >= 6
     planted = spec.random(torch.Generator().manual_seed(0))
-    match = match_activations(spec, model, moved_copy(model, spec, planted), data)
+    match = match_activations(
+        spec, model, model.state_dict(), spec.apply(planted, model.state_dict()), data
+    )
     assert match.permutation.compose(planted).is_identity
 
 
@@ -314,7 +318,9 @@ def test_a_model_matches_itself_on_however_few_data(count: int) -> None:
             seed,
         )  # fmt: skip
         spec = derive_spec(model, torch.zeros(1, 4))
-        match = match_activations(spec, model, model, [rows(count, seed=0) - 2])
+        match = match_activations(
+            spec, model, model.state_dict(), model.state_dict(), [rows(count, seed=0) - 2]
+        )
         assert match.permutation.is_identity
 
 
@@ -327,7 +333,7 @@ def test_groups_that_nothing_shows_are_matched_by_their_weights() -> None:
     found, silent = assign_correlated(spec, correlations(spec, model, other, batches))
     assert silent == ["core"]
     assert torch.equal(found["core#2"], planted["core#2"].argsort())
-    match = match_activations(spec, model, other, batches)
+    match = match_activations(spec, model, model.state_dict(), other.state_dict(), batches)
     assert match.permutation.compose(planted).is_identity
 
 
@@ -340,13 +346,16 @@ def test_the_models_are_as_before() -> None:
     spec, batches = spec_of(entry), [batch_of(entry, seed) for seed in range(2)]
     before = [(state_of(model), [m.training for m in model.modules()]) for model in (left, right)]
     chance = torch.get_rng_state()
-    first = match_activations(spec, left, right, batches)
+    first = match_activations(spec, left, left.state_dict(), right.state_dict(), batches)
     assert torch.equal(torch.get_rng_state(), chance)
     for model, (state, modes) in zip((left, right), before, strict=True):
         assert_same(state_of(model), state, rtol=0, atol=0)
         assert [m.training for m in model.modules()] == modes
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert match_activations(spec, left, right, batches).permutation == first.permutation
+    assert (
+        match_activations(spec, left, left.state_dict(), right.state_dict(), batches).permutation
+        == first.permutation
+    )
 
 
 def test_both_models_run_in_evaluation_mode() -> None:
@@ -368,15 +377,23 @@ def test_both_models_run_in_evaluation_mode() -> None:
 def test_labels_are_not_looked_at_and_one_pass_is_enough() -> None:
     left, right = seeded(mlp, 1), seeded(mlp, 2)
     spec, data = derive_spec(left, torch.zeros(1, 4)), rows(30, seed=0)
-    expected = match_activations(spec, left, right, data.split(10)).permutation
+    expected = match_activations(
+        spec, left, left.state_dict(), right.state_dict(), data.split(10)
+    ).permutation
 
     def once() -> Iterator[Any]:
         for part in data.split(10):
             yield (part, "label")
 
-    assert match_activations(spec, left, right, once()).permutation == expected
+    assert (
+        match_activations(spec, left, left.state_dict(), right.state_dict(), once()).permutation
+        == expected
+    )
     lists = [[part, None, 3] for part in data.split(10)]
-    assert match_activations(spec, left, right, lists).permutation == expected
+    assert (
+        match_activations(spec, left, left.state_dict(), right.state_dict(), lists).permutation
+        == expected
+    )
 
 
 class Named(nn.Module):
@@ -394,7 +411,9 @@ def test_layers_may_be_called_with_keywords() -> None:
     model = seeded(Named, 1)
     spec, data = derive_spec(model, torch.zeros(1, 4)), rows(60, seed=0) - 2
     planted = spec.random(torch.Generator().manual_seed(0))
-    match = match_activations(spec, model, moved_copy(model, spec, planted), [data])
+    match = match_activations(
+        spec, model, model.state_dict(), spec.apply(planted, model.state_dict()), [data]
+    )
     assert match.permutation.compose(planted).is_identity
 
 
@@ -416,7 +435,9 @@ def test_padded_tokens_of_a_transformer_are_no_obstacle() -> None:
     spec = derive_spec(model, ((torch.zeros(2, 5, 4), padding),))
     planted = spec.random(torch.Generator().manual_seed(0))
     batches = [(pair, torch.zeros(2)) for pair in pairs]
-    match = match_activations(spec, model, moved_copy(model, spec, planted), batches)
+    match = match_activations(
+        spec, model, model.state_dict(), spec.apply(planted, model.state_dict()), batches
+    )
     assert match.permutation.compose(planted).is_identity
 
 
@@ -428,7 +449,7 @@ def test_a_diverged_activation_is_named(value: float, batch: int) -> None:
     spec, batches = derive_spec(left, torch.zeros(1, 4)), [rows(5, seed) for seed in range(2)]
     batches[batch][3, 1] = value
     with pytest.raises(ValueError, match=r"[02]: an activation is NaN or infinite"):
-        match_activations(spec, left, right, batches)
+        match_activations(spec, left, left.state_dict(), right.state_dict(), batches)
     assert not any(module._forward_hooks for module in left.modules())
 
 
@@ -439,21 +460,29 @@ def test_only_the_other_model_diverges() -> None:
     left[1] = right[1] = nn.Identity()
     spec = derive_spec(left, torch.zeros(1, 4))
     with pytest.raises(ValueError, match="2: an activation is NaN or infinite"):
-        match_activations(spec, left, right, [rows(5, seed=0)])
+        match_activations(spec, left, left.state_dict(), right.state_dict(), [rows(5, seed=0)])
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 4)]])
 def test_no_data_are_named(batches: list[Tensor]) -> None:
     model = seeded(mlp, 1)
     with pytest.raises(ValueError, match="no batch to match the activations on"):
-        match_activations(derive_spec(model, torch.zeros(1, 4)), model, model, batches)
+        match_activations(
+            derive_spec(model, torch.zeros(1, 4)),
+            model,
+            model.state_dict(),
+            model.state_dict(),
+            batches,
+        )
 
 
 def test_a_model_in_which_nothing_is_shown_needs_no_data() -> None:
     entry = ZOO["autoencoder-tied"]
     spec, model = spec_of(entry), lively(entry, 1)
     planted = spec.random(torch.Generator().manual_seed(0))
-    match = match_activations(spec, model, moved_copy(model, spec, planted), [])
+    match = match_activations(
+        spec, model, model.state_dict(), spec.apply(planted, model.state_dict()), []
+    )
     assert match.permutation.compose(planted).is_identity
 
 
@@ -461,13 +490,15 @@ def test_a_model_in_which_nothing_is_shown_needs_no_data() -> None:
 def test_what_cannot_run_is_named(side: str) -> None:
     model = seeded(mlp, 1)
     spec, data = derive_spec(model, torch.zeros(1, 4)), [rows(5, seed=0)]
-    pair = {"reference": model, "other": model}
-    with pytest.raises(TypeError, match=f"{side} must be a module, so that it can run, got Ordere"):
-        match_activations(spec, batches=data, **{**pair, side: model.state_dict()})
-    bad = copy.deepcopy(model)
-    with torch.no_grad():
-        bad[2].bias[1] = float("nan")
+    state = state_of(model)
+    pair = {"model": model, "reference": state, "other": state}
+    with pytest.raises(TypeError, match="model must be a module, so that it can run, got dict"):
+        match_activations(spec, batches=data, **{**pair, "model": state})
+    bad = state_of(model)
+    bad["2.bias"][1] = float("nan")
     with pytest.raises(SpecError, match=f"{side}: 2.bias holds NaN"):
         match_activations(spec, batches=data, **{**pair, side: bad})
-    with pytest.raises(SpecError, match="shape"):
-        match_activations(spec, batches=data, **{**pair, side: mlp(width=9)})
+    for wrong in ("model", side):
+        wider = mlp(width=9) if wrong == "model" else mlp(width=9).state_dict()
+        with pytest.raises(SpecError, match="shape"):
+            match_activations(spec, batches=data, **{**pair, wrong: wider})

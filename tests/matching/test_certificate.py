@@ -123,7 +123,7 @@ def test_values_of_any_size_prove_nothing_wrong(scale: float) -> None:
     models = [{key: scale * value for key, value in model.items()} for model in models]
     shuffle = spec.random(torch.Generator().manual_seed(0))
     copies = [models[0], spec.apply(shuffle, models[0])]
-    merge = merge_many(spec, copies, gauge=models[0])
+    merge = merge_many(spec, copies, unit_order_of=models[0])
     assert merge.similarity == pytest.approx(1)
     assert merge.permutations[1] == shuffle.invert()
 
@@ -134,7 +134,7 @@ def test_aligned_clients_cost_no_similarity_matrix(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Matcher, "similarity", None)
     monkeypatch.setattr(Matcher, "step", None)
     for gauge in (None, state):
-        merge = merge_many(spec, models, gauge=gauge)
+        merge = merge_many(spec, models, unit_order_of=gauge)
         assert merge.moved == 0
         assert merge.sweeps == 0
         assert min(merge.margins.values()) > 1
@@ -153,7 +153,7 @@ def test_one_exchanged_pair_of_units_is_put_back() -> None:
     still = spec.identity()
     swap = type(still)({**still.indices, group: index}, spec.within)
     models[0] = spec.apply(swap, models[0])
-    merge = merge_many(spec, models, weights=[1, 1, 1], gauge=state)
+    merge = merge_many(spec, models, weights=[1, 1, 1], unit_order_of=state)
     assert {name for name, margin in merge.margins.items() if margin < 1} >= {group}
     assert merge.permutations[0] == swap
     assert merge.permutations[1].is_identity

@@ -149,9 +149,11 @@ def test_the_order_of_the_clients_changes_nothing_but_the_unit_order(method: Met
     spec = mlp_spec()
     models = [base(seed) for seed in range(5)]
     gauge = base(99)
-    first = merge_many(spec, models, gauge=gauge, method=method)
+    first = merge_many(spec, models, unit_order_of=gauge, method=method)
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3], [1, 2, 3, 4, 0]):
-        again = merge_many(spec, [models[place] for place in order], gauge=gauge, method=method)
+        again = merge_many(
+            spec, [models[place] for place in order], unit_order_of=gauge, method=method
+        )
         assert list(again.permutations) == [first.permutations[place] for place in order]
         assert again.similarity == pytest.approx(first.similarity, abs=1e-12)
 

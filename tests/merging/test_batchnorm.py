@@ -32,7 +32,7 @@ def test_one_batch_gives_what_pytorch_gives() -> None:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = 1.0
     expected.train()(batch)
-    found = recalibrate_batchnorm(model, [batch])
+    found = recalibrate_batchnorm(model, model.state_dict(), [batch])
     for key, value in expected.state_dict().items():
         if "running" in key:
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
@@ -62,7 +62,7 @@ def test_the_model_is_as_before(training: bool) -> None:
     model = net().train(training)
     model[1].momentum = 0.3
     before, modes = state_of(model), [module.training for module in model.modules()]
-    recalibrate_batchnorm(model, [images(4, seed=1), images(4, seed=2)])
+    recalibrate_batchnorm(model, model.state_dict(), [images(4, seed=1), images(4, seed=2)])
     assert_same(state_of(model), before, rtol=0, atol=0)
     assert [module.training for module in model.modules()] == modes
     assert model[1].momentum == 0.3
@@ -72,26 +72,28 @@ def test_the_model_is_as_before(training: bool) -> None:
 def test_dropout_is_off_and_labels_are_not_looked_at() -> None:
     model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).train()
     data = torch.tensor([[1.0, 5.0], [3.0, 9.0]])
-    found = recalibrate_batchnorm(model, [(data, "label")])
+    found = recalibrate_batchnorm(model, model.state_dict(), [(data, "label")])
     assert found["1.running_mean"].tolist() == [2.0, 7.0]
     assert found["1.running_var"].tolist() == [2.0, 8.0]  # unbiased
 
 
 def test_a_model_without_batchnorm_is_returned_as_it_is() -> None:
     model = nn.Linear(2, 2)
-    assert_same(recalibrate_batchnorm(model, []), state_of(model), rtol=0, atol=0)
+    assert_same(
+        recalibrate_batchnorm(model, model.state_dict(), []), state_of(model), rtol=0, atol=0
+    )
 
 
 def test_a_layer_without_running_statistics_is_left_alone() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))
-    assert list(recalibrate_batchnorm(model, [])) == ["0.weight", "0.bias"]
+    assert list(recalibrate_batchnorm(model, model.state_dict(), [])) == ["0.weight", "0.bias"]
 
 
 def test_no_data_and_diverged_data_are_named() -> None:
     with pytest.raises(ValueError, match="no batch of two"):
-        recalibrate_batchnorm(net(), [])
+        recalibrate_batchnorm(net(), net().state_dict(), [])
     with pytest.raises(ValueError, match="1: the activations hold NaN"):
-        recalibrate_batchnorm(net(), [images(4, 0) * float("nan")])
+        recalibrate_batchnorm(net(), net().state_dict(), [images(4, 0) * float("nan")])
 
 
 def test_statistics_go_where_they_belong_and_dtypes_stay() -> None:
@@ -114,12 +116,16 @@ def test_a_layer_with_two_names_is_written_under_both() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return self.other(inputs)
 
-    found = recalibrate_batchnorm(Shared(), [torch.tensor([[1.0, 2.0], [3.0, 6.0]])])
+    model = Shared()
+    found = recalibrate_batchnorm(
+        model, model.state_dict(), [torch.tensor([[1.0, 2.0], [3.0, 6.0]])]
+    )
     for name in ("one", "other"):
         assert found[f"{name}.running_mean"].tolist() == [2.0, 4.0]
 
 
 def test_a_last_batch_of_one_sample_is_left_out() -> None:
     pair, single = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[9.0, 9.0]])
-    found = recalibrate_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), [pair, single])
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    found = recalibrate_batchnorm(model, model.state_dict(), [pair, single])
     assert found["0.running_mean"].tolist() == [2.0, 4.0]

@@ -167,7 +167,7 @@ def test_the_last_layer_is_that_whose_result_is_returned(inputs: Any) -> None:
 )
 def test_a_model_that_ends_otherwise_is_refused(end: Any) -> None:
     model = Classifier(end)
-    with pytest.raises(ValueError, match="returns what a linear layer gives"):
+    with pytest.raises(ValueError, match="returns the output of a linear layer"):
         last_layer(model, torch.zeros(2, 2))
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -175,10 +175,10 @@ def test_a_model_that_ends_otherwise_is_refused(end: Any) -> None:
 def test_a_last_layer_whose_weight_is_not_its_own_is_refused() -> None:
     tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     tied[1].weight = tied[0].weight
-    with pytest.raises(ValueError, match="a weight of its own, 1 shares or computes it"):
+    with pytest.raises(ValueError, match="a weight of its own: 1 shares or computes its weight"):
         last_layer(tied, torch.zeros(2, dtype=torch.int64))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    with pytest.raises(ValueError, match="a weight of its own, 0 shares or computes it"):
+    with pytest.raises(ValueError, match="a weight of its own: 0 shares or computes its weight"):
         last_layer(normed, torch.zeros(2, 4))
 
 

@@ -16,30 +16,31 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from zoo import ZOO, Entry
 
-from fl_rebasin import fit_least_squares
-from fl_rebasin.merging import least_squares
-from fl_rebasin.merging.batchnorm import LayerStatistics, batchnorm_statistics, recentred
-from fl_rebasin.merging.least_squares import (
+from fl_rebasin import LeastSquares, RegMean, Repair, fit_least_squares
+from fl_rebasin.forward import Moments
+from fl_rebasin.merging.batchnorm import batchnorm_statistics, recentred
+from fl_rebasin.merging.least_squares import layers
+from fl_rebasin.merging.least_squares.methods import regmean_sums
+from fl_rebasin.merging.least_squares.plan import plan
+from fl_rebasin.merging.least_squares.steps import (
     RIDGE,
+    FitStep,
+    NormStep,
+    RescaleStep,
     Step,
     add_up,
-    own_input_sums,
-    plan,
-    shapes,
-    solve,
-    step_sums,
 )
 from fl_rebasin.state_dicts import average
 
 State = dict[str, Tensor]
-SOME_POSITIONS = least_squares.MAX_POSITIONS
+SOME_POSITIONS = layers.MAX_POSITIONS
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @pytest.fixture(autouse=True)
 def all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every position of an image counts, but where a test says otherwise."""
-    monkeypatch.setattr(least_squares, "MAX_POSITIONS", 10**6)
+    monkeypatch.setattr(layers, "MAX_POSITIONS", 10**6)
 
 
 def entry_of(build: Callable[[], nn.Module], *shape: int) -> Entry:
@@ -111,18 +112,21 @@ ONE_MODEL = {
         )
     },
 }  # fmt: skip
+BOTH = pytest.mark.parametrize(
+    "method", [LeastSquares(), RegMean()], ids=lambda method: method.name
+)
 WAYS = pytest.mark.parametrize(
-    "options", [{}, {"one_pass": True}, {"max_features": 0}], ids=["layers", "one-pass", "rescaled"]
+    "method", [LeastSquares(), RegMean(), Repair()], ids=lambda method: method.name
 )
 
 
 @WAYS
 @pytest.mark.parametrize("name", ONE_MODEL)
-def test_models_that_are_all_alike_keep_their_function(name: str, options: Any) -> None:
+def test_models_that_are_all_alike_keep_their_function(name: str, method: Any) -> None:
     entry = ONE_MODEL[name]
     model = lively(entry, 1)
     state, batches = state_of(model), batches_of(entry, 0, 1, 2, 3)
-    found = fit_least_squares(model, state, [state, state], [batches[:3], batches[3:]], **options)
+    found = fit_least_squares(model, state, [state, state], [batches[:3], batches[3:]], method)
     assert_same_function(model, found, state, batches_of(entry, *range(6)), 1e-7)
     assert list(found) == list(state)
     assert {key: value.dtype for key, value in found.items()} == {
@@ -143,10 +147,11 @@ def test_from_any_start_one_model_gives_its_own_function_on_its_data(name: str) 
     for step in plan(model, (batches[0],)):
         for layer in {step.layer, step.norm} - {None}:
             start |= {key: other[key] for key in state if key.startswith(f"{layer}.")}
-        if step.norm is not None:  # Max pooling before the norm sees the sign of its scale.
-            key = f"{step.norm}.weight"
+        norm = step.layer if isinstance(step, NormStep) else step.norm
+        if norm is not None:  # Max pooling before the norm sees the sign of its scale.
+            key = f"{norm}.weight"
             start[key] = other[key].abs() * state[key].sign()
-    found = fit_least_squares(model, start, [state], [batches], ridge=1e-10)
+    found = fit_least_squares(model, start, [state], [batches], LeastSquares(ridge=1e-10))
     assert_same_function(model, found, state, batches, 1e-5)
     far = [float((a - b).abs().max()) for a, b in zip(
         *(outputs(model, s, batches[:1]) for s in (start, state)), strict=True)]  # fmt: skip
@@ -159,7 +164,9 @@ def test_the_weights_of_one_model_come_back_where_the_data_tell_them() -> None:
     start = {key: torch.zeros_like(value) for key, value in state.items()}
     batches = [torch.randn(200, 3, 2, 2, generator=torch.Generator().manual_seed(0))]
     model.double()
-    found = fit_least_squares(model, start, [state], [[batches[0].double()]], ridge=1e-9)
+    found = fit_least_squares(
+        model, start, [state], [[batches[0].double()]], LeastSquares(ridge=1e-9)
+    )
     assert_same(found, state, rtol=1e-5, atol=1e-5)
 
 
@@ -229,16 +236,16 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("ridge", [RIDGE, 0.3])
-@pytest.mark.parametrize("one_pass", [False, True])
+@BOTH
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_layer_is_that_of_numpy(name: str, one_pass: bool, ridge: float) -> None:
+def test_one_layer_is_that_of_numpy(name: str, method: Any, ridge: float) -> None:
     """Clients with models and data of their own; for a single layer both ways are RegMean."""
     build, shape = LAYERS[name]
     entry = entry_of(lambda: nn.Sequential(build()), *shape)
     models = [lively(entry, seed) for seed in (1, 2, 3)]
     states, start = [state_of(model) for model in models], state_of(lively(entry, 4))
     data = [batches_of(entry, *seeds) for seeds in ((0, 1, 2), (3,), (4, 5))]
-    found = fit_least_squares(models[0], start, states, data, ridge=ridge, one_pass=one_pass)
+    found = fit_least_squares(models[0], start, states, data, replace(method, ridge=ridge))
     layer = models[0][0]
     with torch.no_grad():
         targets = np.concatenate(
@@ -260,28 +267,28 @@ def test_one_layer_is_that_of_numpy(name: str, one_pass: bool, ridge: float) -> 
 def test_positions_that_count_are_few_and_in_every_column(
     side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least_squares, "MAX_POSITIONS", SOME_POSITIONS)
-    chosen = range(0, side * side, least_squares._spread(side * side))
+    monkeypatch.setattr(layers, "MAX_POSITIONS", SOME_POSITIONS)
+    chosen = range(0, side * side, layers.position_step(side * side))
     assert min(side * side, 8) <= len(chosen) <= SOME_POSITIONS
     columns = {position % side for position in chosen}
     assert len(columns) >= min(side, len(chosen) // 2)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("chunk", [least_squares.CHUNK, 1])
+@BOTH
+@pytest.mark.parametrize("chunk", [layers.CHUNK, 1])
 def test_of_large_images_evenly_spread_positions_count(
-    chunk: int, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: int, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least_squares, "MAX_POSITIONS", SOME_POSITIONS)
-    monkeypatch.setattr(least_squares, "CHUNK", chunk)
+    monkeypatch.setattr(layers, "MAX_POSITIONS", SOME_POSITIONS)
+    monkeypatch.setattr(layers, "CHUNK", chunk)
     entry = entry_of(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), 4, 2, 8, 8)
     own, merged = lively(entry, 0), lively(entry, 1)
     (batch,) = batches_of(entry, 2)
     (step,) = plan(own, batch)
-    if one_pass:
-        sums = own_input_sums(own, [step], [batch])["0"]
+    if isinstance(method, RegMean):
+        sums = regmean_sums(own, [step], [batch])["0"]
     else:
-        sums = step_sums(merged, own, step, [batch])
+        sums = step.sums(merged, own, [batch])
     # 64 positions are more than 16: every fifth, so that all columns have their turn.
     rows = rows_by_hand(own[0], batch.numpy()).reshape(4, 64, -1)[:, ::5]
     with torch.no_grad():
@@ -409,10 +416,10 @@ def seen_by_norms(model: nn.Module, state: State, data: Sequence[Sequence[Any]])
 
 @WAYS
 @pytest.mark.parametrize("name", ["pooled-norm", "pre-activation", "residual-batchnorm", "conv-1d"])
-def test_norms_are_left_as_training_would_leave_them(name: str, options: Any) -> None:
+def test_norms_are_left_as_training_would_leave_them(name: str, method: Any) -> None:
     entry = ONE_MODEL[name]
     model, merged, states, data = clients(entry)
-    found = fit_least_squares(model, merged, states, data, **options)
+    found = fit_least_squares(model, merged, states, data, method)
     seen = seen_by_norms(model, found, data)
     assert seen
     for norm, (inputs, _) in seen.items():
@@ -423,7 +430,7 @@ def test_norms_are_left_as_training_would_leave_them(name: str, options: Any) ->
         )
     for step in plan(model, (data[0][0],)):
         key = f"{step.layer}.weight"
-        if step.norm not in (None, step.layer) and not options.get("one_pass"):
+        if step.norm not in (None, step.layer) and not isinstance(method, RegMean):
             norms = [state[key].flatten(1).norm(dim=1) for state in (found, merged)]
             torch.testing.assert_close(*norms)
     # All the data as one batch: training normalises by the same statistics.
@@ -450,7 +457,7 @@ def test_rescaled_units_have_the_models_own_mean_and_deviation(name: str, shared
     model, merged, states, data = clients(entry)
     if shared:
         data = [data[0], data[0]]
-    found = fit_least_squares(model, merged, states, data, max_features=0)
+    found = fit_least_squares(model, merged, states, data, Repair())
 
     def statistics(state: State, batches: Sequence[Any], layer: str) -> tuple[Tensor, Tensor, int]:
         ready, seen = copy.deepcopy(model).eval(), []
@@ -466,7 +473,7 @@ def test_rescaled_units_have_the_models_own_mean_and_deviation(name: str, shared
 
     steps = plan(model, (data[0][0],), max_features=0)
     assert steps
-    assert not any(step.fitted for step in steps)
+    assert not any(isinstance(step, FitStep) for step in steps)
     pools = name == "pooled-norm"
     for step in steps:
         layer = step.layer if step.norm is None else step.norm
@@ -495,7 +502,7 @@ def test_one_pass_is_regmean() -> None:
         9, 4,
     )  # fmt: skip
     model, merged, states, data = clients(entry)
-    found = fit_least_squares(model, merged, states, data, one_pass=True)
+    found = fit_least_squares(model, merged, states, data, RegMean())
     for depth in (0, 2, 4):
         total, right, squares = 0.0, 0.0, 0.0
         seen, targets = [], []
@@ -526,7 +533,7 @@ def test_one_pass_is_regmean() -> None:
 
 def test_one_pass_folds_norms_and_rescales_nothing() -> None:
     model, merged, states, data = clients(POOLED)
-    found = fit_least_squares(model, merged, states, data, one_pass=True, max_features=20)
+    found = fit_least_squares(model, merged, states, data, RegMean(max_features=20))
     # The second convolution has 45 inputs: it stays as it is, but for its norm's statistics.
     assert torch.equal(found["4.weight"], merged["4.weight"])
     assert not torch.allclose(found["0.weight"], merged["0.weight"])
@@ -538,13 +545,13 @@ def test_a_unit_that_the_fit_explains_hardly_is_not_blown_up() -> None:
     entry = entry_of(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), 8, 3)
     own, merged = lively(entry, 1), lively(entry, 2)
     first = plan(own, batches_of(entry, 0)[0])[0]
-    sums = step_sums(merged, own, first, batches_of(entry, *range(9)))
+    sums = first.sums(merged, own, batches_of(entry, *range(9)))
     noisy = {**sums, "squares": sums["squares"] * torch.tensor([1.0, 4.0, 1e4, 0.0])}
-    usual, changed = solve(merged, first, sums), solve(merged, first, noisy)
+    usual, changed = first.solve(merged, sums), first.solve(merged, noisy)
     kept = [torch.equal(usual["0.weight"][unit], changed["0.weight"][unit]) for unit in range(4)]
     assert kept[0]
     assert not kept[1]
-    plain = solve(merged, replace(first, last=True), sums)
+    plain = replace(first, last=True).solve(merged, sums)
     for unit in (2, 3):
         torch.testing.assert_close(changed["0.weight"][unit], plain["0.weight"][unit])
 
@@ -561,35 +568,38 @@ def test_sums_over_clients_are_those_of_all_the_data(name: str, limit: int) -> N
     model.load_state_dict(merged)
     own.load_state_dict(states[0])
     steps = plan(model, (data[0][0],), limit)
-    for step, expected in zip(steps, shapes(model, steps).values(), strict=True):
-        parts = [step_sums(model, own, step, batches) for batches in data]
-        together = step_sums(model, own, step, [torch.cat([*data[0], *data[1]])])
+    for step in steps:
+        expected = step.shapes(model)
+        parts = [step.sums(model, own, batches) for batches in data]
+        together = step.sums(model, own, [torch.cat([*data[0], *data[1]])])
         assert {key: tuple(value.shape) for key, value in together.items()} == expected
         assert all(value.dtype == torch.float64 for value in together.values())
         added = add_up(parts)
-        for key in expected.keys() - {"spread", "deviation"}:
+        for key in expected.keys() - {"merged_deviation", "own_deviation"}:
             torch.testing.assert_close(added[key], together[key], rtol=1e-9, atol=1e-9)
-        if not step.fitted:  # Deviations are averaged, so that differing means are no spread.
-            for key in ("spread", "deviation"):
+        if not isinstance(
+            step, FitStep
+        ):  # Deviations are averaged, so that differing means are no spread.
+            for key in ("merged_deviation", "own_deviation"):
                 assert bool((added[key] < together[key]).any())
-    fitted = [step for step in steps if step.fitted]
-    at_once = [own_input_sums(own, steps, batches) for batches in data]
-    together = own_input_sums(own, steps, [torch.cat([*data[0], *data[1]])])
+    fitted = [step for step in steps if isinstance(step, FitStep)]
+    at_once = [regmean_sums(own, fitted, batches) for batches in data]
+    together = regmean_sums(own, fitted, [torch.cat([*data[0], *data[1]])])
     assert list(together) == [step.layer for step in fitted]
-    wanted = shapes(model, fitted)
     for step in fitted:
         added = add_up([each[step.layer] for each in at_once])
-        assert {k: tuple(v.shape) for k, v in added.items()} == wanted[step.layer]
+        assert {k: tuple(v.shape) for k, v in added.items()} == step.shapes(model)
         for key, value in added.items():
             torch.testing.assert_close(value, together[step.layer][key], rtol=1e-9, atol=1e-9)
 
 
 def test_large_inputs_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, merged, states, data = clients(POOLED)
-    whole = [fit_least_squares(model, merged, states, data, one_pass=p) for p in (False, True)]
-    monkeypatch.setattr(least_squares, "CHUNK", 5000)
-    for one_pass, expected in zip((False, True), whole, strict=True):
-        found = fit_least_squares(model, merged, states, data, one_pass=one_pass)
+    methods = (LeastSquares(), RegMean())
+    whole = [fit_least_squares(model, merged, states, data, method) for method in methods]
+    monkeypatch.setattr(layers, "CHUNK", 5000)
+    for method, expected in zip(methods, whole, strict=True):
+        found = fit_least_squares(model, merged, states, data, method)
         assert_same(found, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -658,11 +668,18 @@ class Used(nn.Module):
 
 
 def fits(*layers: str) -> list[Step]:
-    """Steps from `layer`, `layer+norm`, and those with `~` in front not fitted."""
-    steps = []
+    """Steps from `layer` or `layer+norm`: fits, but rescalings with `~` in front; `norm+norm`."""
+    steps: list[Step] = []
     for text in layers:
         layer, _, norm = text.removeprefix("~").partition("+")
-        steps.append(Step(layer, norm or None, not text.startswith("~")))
+        if layer == norm and norm:
+            steps.append(NormStep(norm))
+        elif text.startswith("~"):
+            steps.append(RescaleStep(layer, norm or None))
+        else:
+            steps.append(FitStep(layer, norm or None))
+    if steps and isinstance(steps[-1], FitStep):
+        steps[-1] = replace(steps[-1], last=True)
     return steps
 
 
@@ -729,7 +746,6 @@ def test_what_is_done_in_which_order(name: str) -> None:
     before = state_of(model)
     steps = plan(model, batch)
     assert steps == expected
-    assert [step.last for step in steps] == [each is steps[-1] for each in steps]
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert_same(state_of(model), before, rtol=0, atol=0)
@@ -737,11 +753,11 @@ def test_what_is_done_in_which_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 @WAYS
-def test_what_is_left_out_keeps_the_average(name: str, options: Any) -> None:
+def test_what_is_left_out_keeps_the_average(name: str, method: Any) -> None:
     """But for statistics of norms, which fit the data without changing the function."""
     entry, steps = PLANS[name]
     model, merged, states, data = clients(entry)
-    found = fit_least_squares(model, merged, states, data, **options)
+    found = fit_least_squares(model, merged, states, data, method)
     set_ = {layer for step in steps for layer in (step.layer, step.norm) if layer is not None}
     norms = {
         key for key, module in model.named_modules(remove_duplicate=False)
@@ -752,7 +768,7 @@ def test_what_is_left_out_keeps_the_average(name: str, options: Any) -> None:
         if owner not in set_ | norms:
             assert torch.equal(found[key], value), key
     # And one model alone keeps its function.
-    alone = fit_least_squares(model, states[0], [states[0]], data[:1], **options)
+    alone = fit_least_squares(model, states[0], [states[0]], data[:1], method)
     assert_same_function(model, alone, states[0], data[0], 1e-7)
 
 
@@ -801,7 +817,7 @@ def test_recentred_norms_compute_the_same_from_any_statistics() -> None:
         model.norm.weight[1] = -2.0
     before = state_of(model)
     drawn = torch.tensor([[1.0, -2.0, 3.0, 5.0], [0.5, 4.0, 1e-13, 9.0]], dtype=torch.float64)
-    seen = LayerStatistics(50, drawn[0], drawn[1])
+    seen = Moments(50, drawn[0], 50 * drawn[1])
     found = recentred(model, {"norm": seen, "other_name": seen, "plain": seen})
     assert_same_function(model, found, before, batches, 1e-12)
     for name in ("norm", "other_name"):
@@ -866,8 +882,8 @@ def test_a_unit_that_becomes_constant_can_still_learn() -> None:
     model, merged, states, data = clients(entry)
     for state in states:
         state["1.weight"][1], state["1.bias"][1] = 0.0, 0.7
-    for options in ({}, {"max_features": 0}, {"one_pass": True}):
-        found = fit_least_squares(model, merged, states, data, ridge=0.0, **options)
+    for method in (LeastSquares(ridge=0.0), Repair(), RegMean(ridge=0.0)):
+        found = fit_least_squares(model, merged, states, data, method)
         assert torch.equal(found["0.weight"][1], merged["0.weight"][1])
         assert abs(float(found["1.weight"][1])) < 1e-8
         assert bool((found["1.weight"][[0, 2]].abs() > 1e-3).all())
@@ -881,11 +897,11 @@ def test_layers_that_see_nothing_keep_their_weights() -> None:
     for state in (merged, *states):
         state["0.bias"] = torch.full((3,), -1e6, dtype=torch.float64)
     data = [batches_of(entry, 0, 1), batches_of(entry, 2)]
-    for options in ({}, {"one_pass": True}, {"max_features": 0}):
-        found = fit_least_squares(model, merged, states, data, **options)
+    for method in (LeastSquares(), RegMean(), Repair()):
+        found = fit_least_squares(model, merged, states, data, method)
         torch.testing.assert_close(found["2.weight"], merged["2.weight"])
         told = 12 * states[0]["2.bias"] + 6 * states[1]["2.bias"]
-        pull = 0.0 if options == {"max_features": 0} else RIDGE
+        pull = 0.0 if isinstance(method, Repair) else RIDGE
         expected = (told + pull * merged["2.bias"]) / (18 + pull)
         torch.testing.assert_close(found["2.bias"], expected)
 
@@ -914,8 +930,8 @@ def test_what_is_given_stays() -> None:
     module = entry.build().double()
     module.load_state_dict(merged)
     step = plan(module, data[0][0])[0]
-    sums = step_sums(module, copy.deepcopy(module), step, data[0])
-    assert not any(value.requires_grad for value in solve(module, step, sums).values())
+    sums = step.sums(module, copy.deepcopy(module), data[0])
+    assert not any(value.requires_grad for value in step.solve(module, sums).values())
     assert_same(state_of(module), merged, rtol=0, atol=0)
 
 
@@ -936,8 +952,8 @@ def test_labels_are_not_looked_at_and_the_cut_of_the_data_does_not_matter() -> N
         assert_same(found, expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
-def test_the_first_item_may_be_a_dict_or_a_tuple(one_pass: bool) -> None:
+@BOTH
+def test_the_first_item_may_be_a_dict_or_a_tuple(method: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -954,7 +970,7 @@ def test_the_first_item_may_be_a_dict_or_a_tuple(one_pass: bool) -> None:
         [[{"left": each[0], "right": each[1]}] for each in halves],
         [[({"left": each[0], "right": each[1]}, 0)] for each in halves],
     ]
-    found = [fit_least_squares(model, merged, states, way, one_pass=one_pass) for way in ways]
+    found = [fit_least_squares(model, merged, states, way, method) for way in ways]
     for other in found[1:]:
         assert_same(found[0], other, rtol=0, atol=0)
 
@@ -967,8 +983,8 @@ def test_images_may_come_one_by_one() -> None:
     single = [[image for batch in batches for image in batch] for batches in data]
     found = fit_least_squares(model, merged, states, single)
     assert_same(found, expected, rtol=1e-9, atol=1e-9)
-    found = fit_least_squares(model, merged, states, single, max_features=0)
-    expected = fit_least_squares(model, merged, states, data, max_features=0)
+    found = fit_least_squares(model, merged, states, single, Repair())
+    expected = fit_least_squares(model, merged, states, data, Repair())
     assert_same(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -989,26 +1005,23 @@ def test_narrow_models_are_fitted_in_single_precision(dtype: torch.dtype) -> Non
     assert_same_function(model.double(), wide, expected, data[0], tolerance)
 
 
-WRONG = pytest.mark.parametrize("one_pass", [False, True])
-
-
-@WRONG
-def test_data_that_cannot_be_used_are_named(one_pass: bool) -> None:
+@BOTH
+def test_data_that_cannot_be_used_are_named(method: Any) -> None:
     entry = ZOO["mlp"]
     model, merged, states, data = clients(entry)
     with pytest.raises(ValueError, match="no batch to fit the merged model on"):
-        fit_least_squares(model, merged, states, [data[0], []], one_pass=one_pass)
+        fit_least_squares(model, merged, states, [data[0], []], method)
     with pytest.raises(ValueError, match="no batch to fit the merged model on"):
-        fit_least_squares(model, merged, states, [data[0], [data[1][0][:0]]], one_pass=one_pass)
+        fit_least_squares(model, merged, states, [data[0], [data[1][0][:0]]], method)
     with pytest.raises(ValueError, match="data of 1 models for 2 models"):
-        fit_least_squares(model, merged, states, data[:1], one_pass=one_pass)
+        fit_least_squares(model, merged, states, data[:1], method)
     with pytest.raises(ValueError, match="no models to fit"):
-        fit_least_squares(model, merged, [], [], one_pass=one_pass)
+        fit_least_squares(model, merged, [], [], method)
     bad = [data[0], [data[1][0] * float("nan")]]
     with pytest.raises(ValueError, match="1: an activation is NaN or infinite"):
-        fit_least_squares(model, merged, states, bad, one_pass=one_pass)
+        fit_least_squares(model, merged, states, bad, method)
     with pytest.raises(ValueError, match="1: an activation is NaN or infinite"):
-        fit_least_squares(model, merged, states, bad, one_pass=False, max_features=0)
+        fit_least_squares(model, merged, states, bad, Repair())
 
 
 def test_a_layer_that_one_forward_pass_does_not_reach_is_named() -> None:

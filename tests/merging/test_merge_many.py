@@ -47,7 +47,7 @@ def test_permuted_copies_merge_into_the_model(name: str) -> None:
     assert merge.similarity == pytest.approx(1)
     assert merge.moved > 0
     # ... or of whatever it is gauged to.
-    gauged = merge_many(spec, copies, weights=[1, 5, 2, 2], gauge=state)
+    gauged = merge_many(spec, copies, weights=[1, 5, 2, 2], unit_order_of=state)
     assert_same(gauged.state_dict, state, rtol=1e-6, atol=1e-6)
 
 
@@ -88,13 +88,13 @@ def test_order_and_permutations_of_the_inputs_do_not_matter(
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
     models = [shuffled(spec, state, s, noise=0.05) for s in range(4)]
     weights = [1.0, 2.0, 3.0, 4.0]
-    merged = merge_many(spec, models, weights, gauge=state)
+    merged = merge_many(spec, models, weights, unit_order_of=state)
     perms = [spec.random(torch.Generator().manual_seed(seed + s)) for s in range(4)]
     again = merge_many(
         spec,
         [spec.apply(perms[place], models[place]) for place in order],
         [weights[place] for place in order],
-        gauge=state,
+        unit_order_of=state,
     )
     assert_same(merged.state_dict, again.state_dict, rtol=1e-5, atol=1e-5)
 
@@ -262,7 +262,7 @@ def test_only_groups_that_may_move_see_a_similarity_matrix(monkeypatch: pytest.M
         return assigned(self, group, keys)
 
     monkeypatch.setattr(Matcher, "_assigned", spied)
-    merge = merge_many(spec, models, gauge=state)
+    merge = merge_many(spec, models, unit_order_of=state)
     assert merge.permutations[2] == shuffle.invert()
     # Of its neighbours no proof holds: their weights to and from these units are in disorder.
     assert {name for name, margin in merge.margins.items() if margin < 1} == seen

@@ -1,12 +1,13 @@
-"""Rounds that leave checkpoints, and go on after the newest one; Flower runs them."""
+"""`Checkpointed`: a strategy that writes a checkpoint after each round and can resume a run."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from logging import INFO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from fl_rebasin.flower.checkpoint.changes import Memory
+from fl_rebasin.flower.checkpoint.changes import RunChanges
 from fl_rebasin.flower.checkpoint.files import (
     Checkpoint,
     checkpoints_in,
@@ -23,44 +24,112 @@ from fl_rebasin.flower.checkpoint.files import (
     remove_unfinished,
     save_checkpoint,
 )
-from fl_rebasin.flower.wrapper import WrappedStrategy
-
-EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
+from fl_rebasin.flower.wrapper import EvaluateFn, WrappedStrategy
 
 
-def check_options(folder: str | Path | None, keep: int, resume: bool) -> None:
-    """Raise `ValueError` for options that make no sense."""
-    if keep < 1:
-        raise ValueError(f"keep_checkpoints is {keep}: at least 1 must stay")
-    if resume and folder is None:
-        raise ValueError("resume=True needs checkpoint_dir, the folder with the checkpoints")
+@dataclass
+class _Run:
+    """The state of a run between two rounds.
+
+    Attributes:
+        num_rounds: number of rounds in the whole run.
+        changes: finds what the run changed in the strategies and configs.
+        arrays: the global model.
+        done: number of rounds that were done when the run started or resumed.
+        aggregated: whether any round so far has aggregated a model.
+        train: aggregated training metrics by round.
+        evaluate: aggregated evaluation metrics of the clients by round.
+        server: metrics that `evaluate_fn` returned, by round.
+    """
+
+    num_rounds: int
+    changes: RunChanges
+    arrays: ArrayRecord
+    done: int = 0
+    aggregated: bool = False
+    train: dict[int, MetricRecord] = field(default_factory=dict)
+    evaluate: dict[int, MetricRecord] = field(default_factory=dict)
+    server: dict[int, MetricRecord] = field(default_factory=dict)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        self.changes.restore(checkpoint.state["changes"])
+        _set_random_state(checkpoint.state["random"])
+        self.arrays = checkpoint.arrays
+        self.done = checkpoint.round
+        self.aggregated = checkpoint.aggregated
+        self.train = checkpoint.train_metrics_clientapp
+        self.evaluate = checkpoint.evaluate_metrics_clientapp
+        self.server = checkpoint.evaluate_metrics_serverapp
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """Return the checkpoint of a round."""
+        changes = self.changes.changes()
+        return Checkpoint(
+            round=number,
+            arrays=self.arrays,
+            aggregated=self.aggregated,
+            train_metrics_clientapp=self.train,
+            evaluate_metrics_clientapp=self.evaluate,
+            evaluate_metrics_serverapp=self.server,
+            state={"changes": changes, "random": _random_state()},
+        )
+
+    def result(self) -> Result:
+        """Return what Flower returns: no model if no round has aggregated one."""
+        return Result(
+            arrays=self.arrays if self.aggregated else ArrayRecord(),
+            train_metrics_clientapp=self.train,
+            evaluate_metrics_clientapp=self.evaluate,
+            evaluate_metrics_serverapp=self.server,
+        )
 
 
 class Checkpointed(WrappedStrategy):
-    """Wraps a strategy for one run: writes a checkpoint at the end of each round.
+    """Writes a checkpoint after each round, and resumes a run that was interrupted.
 
-    Flower's own `start` runs the rounds that remain and counts them from 1; the wrapped strategy
-    and `evaluate_fn` are told their true numbers.
+    Wrap the outermost strategy: `Checkpointed(strategy, folder).start(...)` runs as
+    `strategy.start(...)` does. A resumed run returns the same result as an uninterrupted one, bit
+    for bit.
+
+    A checkpoint holds the global model, the metrics, whatever the run changed in the strategies
+    and configs, and the random state of `random`, NumPy and PyTorch on the CPU. It does not hold
+    what clients store. The log names every value that a checkpoint cannot hold.
+
+    Flower's own `start` runs the remaining rounds and numbers them from 1. The wrapped strategy
+    and `evaluate_fn` get the round's number in the whole run.
 
     Args:
-        strategy: the outermost strategy of the run.
-        folder: where the checkpoints are; made if it is not there.
-        keep: how many of them stay.
-        resume: go on after the newest.
+        strategy: any Flower strategy.
+        folder: where the checkpoints are; created if it does not exist.
+        keep: number of checkpoints to keep, the newest ones.
+        resume: continue after the newest checkpoint that can be read; start at round 1 if there
+            is none.
+
+    Raises:
+        ValueError: `keep` is not an int of at least 1, or `folder` is a file.
+
+    Example:
+        >>> from flwr.serverapp.strategy import FedAdam
+        >>> strategy = Checkpointed(FedAdam(), "checkpoints", resume=True)
+        >>> # In the ServerApp: result = strategy.start(grid, initial_arrays, num_rounds=10)
     """
 
-    def __init__(self, strategy: Strategy, folder: Path, keep: int, *, resume: bool) -> None:
+    def __init__(
+        self, strategy: Strategy, folder: str | Path, *, keep: int = 3, resume: bool = False
+    ) -> None:
         super().__init__(strategy)
-        self._folder = folder
-        self._keep = keep
-        self._resume = resume
-        self._done = 0
-        self._rounds = 0
-        self._aggregated = False
-        self._model = ArrayRecord()
-        self._train: dict[int, MetricRecord] = {}
-        self._evaluate: dict[int, MetricRecord] = {}
-        self._server: dict[int, MetricRecord] = {}
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+            raise ValueError(
+                f"keep must be an int of at least 1, got {keep!r}: it is the number of "
+                "checkpoints to keep"
+            )
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file: give a folder for the checkpoints")
+        self.keep = keep
+        self.resume = resume
+        self._run: _Run | None = None
 
     def start(
         self,
@@ -72,148 +141,159 @@ class Checkpointed(WrappedStrategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run the rounds that are not done yet.
+        """Run the remaining rounds.
 
         Raises:
-            ValueError: there are checkpoints and `resume` is off; they are of another
-                architecture or of other strategies; or none can be read.
+            ValueError: the folder holds checkpoints and `resume` is off; or its checkpoints
+                cannot be read, or belong to another architecture or to other strategies.
             OSError: a checkpoint cannot be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not self._resume and (found := checkpoints_in(self._folder)):
-            raise ValueError(
-                f"{self._folder} holds checkpoints, the newest is {found[-1].name}: use "
-                "resume=True to go on after it, or another checkpoint_dir"
-            )
-        remove_unfinished(self._folder)
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}
-        memory = Memory(self.strategy, configs)
-        earlier = newest_checkpoint(self._folder) if self._resume else None
-        self._model = initial_arrays
-        self._rounds = num_rounds
+        earlier = self._earlier()
+        run = _Run(num_rounds, RunChanges(self.strategy, configs), initial_arrays)
         if earlier is not None:
             _check_architecture(earlier, initial_arrays)
-            memory.restore(earlier.memory["changes"])
-            self._model = earlier.arrays
-            self._done = earlier.round
-            self._aggregated = earlier.aggregated
-            self._train |= earlier.train_metrics_clientapp
-            self._evaluate |= earlier.evaluate_metrics_clientapp
-            self._server |= earlier.evaluate_metrics_serverapp
-            _set_random_state(earlier.memory["random"])
-            log(INFO, "%s of %s rounds are done: resumed from the checkpoints in %s",
-                *(self._done, num_rounds, self._folder))  # fmt: skip
-        elif self._resume:
-            log(INFO, "no checkpoint in %s: starting at round 1", self._folder)
-        if earlier is not None and num_rounds <= self._done:
-            return self._result()
-
-        def end_of_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            number = server_round + self._done
-            self._model = arrays
-            # What a resumed run begins with was evaluated before it broke off.
-            if server_round > 0 or self._done == 0:
-                metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
-                if metrics is not None:
-                    self._server[number] = metrics
-            if server_round > 0:
-                self._save(number, memory)
-            return self._server.get(number)
-
-        super().start(
-            grid, self._model, num_rounds - self._done, timeout, train_config, evaluate_config,
-            end_of_round,
-        )  # fmt: skip
-        result = self._result()
-        if self._done > 0:
+            run.restore(earlier)
+            log(
+                INFO,
+                "%s of %s rounds are done: resumed from the checkpoints in %s",
+                run.done,
+                num_rounds,
+                self.folder,
+            )
+            if num_rounds <= run.done:
+                return run.result()
+        self._run = run
+        try:
+            super().start(
+                grid,
+                run.arrays,
+                num_rounds - run.done,
+                timeout,
+                train_config,
+                evaluate_config,
+                lambda number, arrays: self._end_round(number, arrays, evaluate_fn),
+            )
+        finally:
+            self._run = None
+        result = run.result()
+        if run.done > 0:
             log(INFO, "Final results of all %s rounds:", num_rounds)
             for line in str(result).splitlines():
                 log(INFO, "\t%s", line)
         return result
 
-    def _result(self) -> Result:
-        """Return what Flower returns: no model if no round has aggregated one."""
-        return Result(
-            arrays=self._model if self._aggregated else ArrayRecord(),
-            train_metrics_clientapp=self._train,
-            evaluate_metrics_clientapp=self._evaluate,
-            evaluate_metrics_serverapp=self._server,
-        )
+    def _earlier(self) -> Checkpoint | None:
+        """Prepare the folder; return the checkpoint to resume from, if there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoints_in(self.folder)
+        if found and not self.resume:
+            raise ValueError(
+                f"{self.folder} already holds checkpoints, the newest is {found[-1].name}: use "
+                "Checkpointed(..., resume=True) to continue after it, or another folder"
+            )
+        remove_unfinished(self.folder)
+        if self.resume and not found:
+            log(INFO, "no checkpoint in %s: starting at round 1", self.folder)
+        return newest_checkpoint(self.folder) if self.resume else None
 
-    def _save(self, number: int, memory: Memory) -> None:
-        changes = memory.changes()
-        checkpoint = Checkpoint(
-            round=number,
-            arrays=self._model,
-            aggregated=self._aggregated,
-            train_metrics_clientapp=self._train,
-            evaluate_metrics_clientapp=self._evaluate,
-            evaluate_metrics_serverapp=self._server,
-            memory={"changes": changes, "random": _random_state()},
-        )
-        save_checkpoint(self._folder, checkpoint, self._keep)
+    def _end_round(
+        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None
+    ) -> MetricRecord | None:
+        """Evaluate the model on the server, then write the checkpoint of the round.
+
+        Flower calls this after each round, and with round 0 before the first one.
+        """
+        run = self._running()
+        number = server_round + run.done
+        run.arrays = arrays
+        # The model that a resumed run starts from was evaluated before the interruption.
+        if evaluate_fn is not None and (server_round > 0 or run.done == 0):
+            metrics = evaluate_fn(number, arrays)
+            if metrics is not None:
+                run.server[number] = metrics
+        if server_round > 0:
+            save_checkpoint(self.folder, run.checkpoint(number), self.keep)
+        return run.server.get(number)
+
+    def _running(self) -> _Run:
+        if self._run is None:
+            raise ValueError(
+                "Checkpointed writes checkpoints only when its own start() runs the rounds: make "
+                "it the outermost strategy"
+            )
+        return self._run
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the wrapped strategy, which is told the true number of the round."""
-        number = server_round + self._done
-        if self._done > 0:
-            log(INFO, "this is round %s of %s", number, self._rounds)
+        """Delegate to the wrapped strategy with the round's number in the whole run.
+
+        Raises:
+            ValueError: another strategy's `start` runs the rounds.
+        """
+        run = self._running()
+        number = server_round + run.done
+        if run.done > 0:
+            log(INFO, "this is round %s of %s", number, run.num_rounds)
         return super().configure_train(number, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the wrapped strategy, which is told the true number of the round."""
-        number = server_round + self._done
+        """Delegate to the wrapped strategy with the round's number in the whole run."""
+        run = self._running()
+        number = server_round + run.done
         arrays, metrics = super().aggregate_train(number, replies)
-        self._aggregated |= arrays is not None
+        run.aggregated |= arrays is not None
         if metrics is not None:
-            self._train[number] = metrics
+            run.train[number] = metrics
         return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the wrapped strategy, which is told the true number of the round."""
-        return super().configure_evaluate(server_round + self._done, arrays, config, grid)
+        """Delegate to the wrapped strategy with the round's number in the whole run."""
+        return super().configure_evaluate(server_round + self._running().done, arrays, config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """As the wrapped strategy, which is told the true number of the round."""
-        number = server_round + self._done
+        """Delegate to the wrapped strategy with the round's number in the whole run."""
+        run = self._running()
+        number = server_round + run.done
         metrics = super().aggregate_evaluate(number, replies)
         if metrics is not None:
-            self._evaluate[number] = metrics
+            run.evaluate[number] = metrics
         return metrics
 
 
 def _check_architecture(checkpoint: Checkpoint, initial: ArrayRecord) -> None:
-    """Raise `ValueError` unless a checkpoint's model has the keys, shapes and dtypes of another."""
+    """Raise `ValueError` unless the checkpoint's model and the initial one have the same layout.
+
+    The layout is the keys in their order, with their shapes and dtypes.
+    """
 
     def described(arrays: ArrayRecord, key: str) -> str:
         if key not in arrays:
             return "missing"
         return f"{np.dtype(arrays[key].dtype)} {tuple(arrays[key].shape)}"
 
-    then = checkpoint.arrays
-    for key in dict.fromkeys([*initial, *then]):
-        if described(then, key) != described(initial, key):
+    saved = checkpoint.arrays
+    problem = f"the checkpoint of round {checkpoint.round} belongs to another architecture"
+    remedy = "use the model that it was written with, or another folder"
+    for key in dict.fromkeys([*initial, *saved]):
+        if described(saved, key) != described(initial, key):
             raise ValueError(
-                f"the checkpoint of round {checkpoint.round} is of another architecture: {key} is "
-                f"{described(then, key)} there, {described(initial, key)} in the initial model; "
-                "use the model that it was written with, or another checkpoint_dir"
+                f"{problem}: {key} is {described(saved, key)} in the checkpoint, "
+                f"{described(initial, key)} in the initial model; {remedy}"
             )
-    for key, other in zip(then, initial, strict=True):
+    for key, other in zip(saved, initial, strict=True):
         if key != other:
             raise ValueError(
-                f"the checkpoint of round {checkpoint.round} is of another architecture: it has "
-                f"{key} where the initial model has {other}; use the model that it was written "
-                "with, or another checkpoint_dir"
+                f"{problem}: it has {key} where the initial model has {other}; {remedy}"
             )
 
 
