@@ -1,4 +1,4 @@
-"""What a broken or hostile client may send instead of a good reply, one function a kind."""
+"""Invalid replies that a broken or hostile client may send, one function for each kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fault = Callable[[RecordDict, Generator], RecordDict]
 
 
 def _first(content: RecordDict) -> tuple[ArrayRecord, str, Array]:
-    """Return the record of arrays, and the first array in it with its name."""
+    """Return the record of arrays, and the key and value of its first array."""
     record = next(each for each in content.values() if isinstance(each, ArrayRecord))
     key = next(iter(record))
     return record, key, record[key]
@@ -47,11 +47,11 @@ def _examples(value: float | list[int]) -> Fault:
     return fault
 
 
-def _spoilt(content: RecordDict, rng: Generator) -> RecordDict:
+def _random_bytes(content: RecordDict, rng: Generator) -> RecordDict:
     record, key, array = _first(content)
     data = bytearray(array.data)
-    for place in rng.integers(len(data), size=8):
-        data[place] = rng.integers(256)
+    for index in rng.integers(len(data), size=8):
+        data[index] = rng.integers(256)
     record[key] = Array(array.dtype, array.shape, array.stype, bytes(data))
     return content
 
@@ -62,7 +62,7 @@ def _without_key(content: RecordDict, rng: Generator) -> RecordDict:
     return content
 
 
-def _more_keys(content: RecordDict, rng: Generator) -> RecordDict:
+def _additional_key(content: RecordDict, rng: Generator) -> RecordDict:
     record, _, array = _first(content)
     record["spare"] = array
     return content
@@ -72,7 +72,7 @@ def _crash(content: RecordDict, rng: Generator) -> RecordDict:
     raise RuntimeError("this client has crashed")
 
 
-VAST = (
+HUGE = (
     b"\x93NUMPY\x01\x00v\x00"
     + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(117)
     + b"\n"
@@ -87,21 +87,21 @@ FAULTS: dict[str, Fault] = {
     "pickle": _payload(lambda data: pickle.dumps([1, 2, 3])),
     "truncated": _payload(lambda data: data[: len(data) // 2]),
     "oversized": _payload(lambda data: data + b"more"),
-    "vast header": _payload(lambda data: VAST),
+    "huge header": _payload(lambda data: HUGE),
     "garbage": _payload(lambda data: b"garbage"),
-    "spoilt bytes": _spoilt,
+    "random bytes": _random_bytes,
     "negative examples": _examples(-5),
     "no examples": _examples(0),
     "absurd examples": _examples(10**400),
     "NaN examples": _examples(float("nan")),
     "list of examples": _examples([1, 2]),
     "missing key": _without_key,
-    "more keys": _more_keys,
+    "additional key": _additional_key,
     "empty": lambda content, rng: RecordDict(),
     "no metrics": lambda content, rng: RecordDict({"arrays": _first(content)[0]}),
     "two models": lambda content, rng: RecordDict({**content, "again": _first(content)[0]}),
-    "another record": lambda content, rng: RecordDict({**content, "more": ConfigRecord()}),
+    "additional record": lambda content, rng: RecordDict({**content, "more": ConfigRecord()}),
     "crash": _crash,
 }
-"""By name. Bytes that happen to stay a finite model of the right shape (`spoilt bytes`), and
-records beyond what is needed, may be let through."""
+"""The faults by name. A strategy may accept some: `random bytes` may still be a finite model of the
+right shape, and additional records do no harm."""

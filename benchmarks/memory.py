@@ -1,13 +1,13 @@
-"""How much memory a round takes: replies of ResNet-18, one after the other, in one process.
+"""Measure the memory of a round: replies of ResNet-18, received one by one in one process.
 
     python benchmarks/memory.py [--clients N] [--cases CASE ...] [--out DIR]
 
-For each way of aligning, a process of its own aggregates one round of N replies that a grid makes
-when it is asked for them, as a server would receive them. The peak of the resident memory over
-that before the round is given in models (44.7 MiB each), twice: with glibc as it is, which keeps
-part of what is freed for later, and with `MALLOC_MMAP_THRESHOLD_=131072`, with which it gives all
-of it back. Clients are the global model with a little noise; `permuted` ones have all their units
-shuffled besides.
+For each way of aligning, a separate process aggregates one round of N replies. Its grid creates a
+reply when the strategy asks for it, as a server would receive it. The result is the peak of the
+resident memory, minus the memory before the round, in models (44.7 MiB each). It is measured twice:
+with glibc's default allocator, which keeps some freed memory for later, and with
+`MALLOC_MMAP_THRESHOLD_=131072`, with which glibc returns all of it. The clients' models are the
+global model with a little noise; in the `permuted` cases all their units are shuffled as well.
 """
 
 from __future__ import annotations
@@ -16,47 +16,65 @@ import argparse
 import ctypes
 import gc
 import json
-import logging
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
-from machine import versions
+from machine import PeakMemory, timed, versions
+from output import script_parser, write_json
+from replies import allow_messages, training_reply
 from torchvision.models import resnet18
 
-from fl_rebasin import ReBasinStrategy
-from fl_rebasin.flower.lazy_grid import LazyGrid
+from fl_rebasin import PermutationSpec
+from fl_rebasin.flower import ReBasinStrategy, WeightMatching
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of aggregating a round.
+
+    Attributes:
+        align: How the strategy aligns; None for plain `FedAvg`.
+        permuted: Whether the units of the clients' models are shuffled.
+    """
+
+    align: WeightMatching | None
+    permuted: bool = False
+
 
 CASES = {
-    "FedAvg alone": ("", False),
-    "joint, in place": ("joint", False),
-    "joint, permuted": ("joint", True),
-    "global, in place": ("global", False),
-    "global, permuted": ("global", True),
+    "FedAvg alone": Case(None),
+    "joint, in place": Case(WeightMatching(to="others")),
+    "joint, permuted": Case(WeightMatching(to="others"), permuted=True),
+    "global, in place": Case(WeightMatching(to="global")),
+    "global, permuted": Case(WeightMatching(to="global"), permuted=True),
+}
+
+ALLOCATORS = {
+    "default allocator": {},
+    "freed memory returned": {"MALLOC_MMAP_THRESHOLD_": "131072"},
 }
 
 
-ALLOCATORS = {"glibc as it is": {}, "all given back": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
-
-
 class Mailbox:
-    """A grid whose replies come into being when they are received."""
+    """A grid that creates each reply when it is pulled; its messages are the numbers of nodes.
+
+    Args:
+        state: The global model.
+        shuffled: Shuffles the units of the clients' models; None to leave them in place.
+    """
 
     pull_interval = 0.0
 
-    def __init__(self, state: dict[str, torch.Tensor], strategy: Any, permuted: bool) -> None:
-        self.state, self.spec = state, getattr(strategy, "spec", None)
-        self.permuted = permuted
+    def __init__(self, state: dict[str, torch.Tensor], shuffled: PermutationSpec | None) -> None:
+        self._state = state
+        self._shuffled = shuffled
 
     def reply(self, node: int) -> Message:
         """Return the reply of a node."""
@@ -65,22 +83,18 @@ class Mailbox:
             key: value + 1e-3 * value.std() * torch.randn(value.shape, generator=generator)
             if value.is_floating_point() and value.numel() > 1
             else value
-            for key, value in self.state.items()
+            for key, value in self._state.items()
         }
-        if self.permuted and self.spec is not None:
-            state = self.spec.apply(self.spec.random(generator), state)
-        content = RecordDict(
-            {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 10})}
-        )
-        asked = Message(RecordDict(), dst_node_id=node, message_type="train")
-        return Message(content, reply_to=asked)
+        if self._shuffled is not None:
+            state = self._shuffled.apply(self._shuffled.random(generator), state)
+        return training_reply(state, node, 10)
 
     def push_messages(self, messages: Iterable[int]) -> list[str]:
-        """Take the numbers of nodes for messages."""
+        """Return the ids of messages."""
         return [str(node) for node in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return replies."""
+        """Return the replies to messages."""
         return [self.reply(int(each)) for each in message_ids]
 
     def send_and_receive(self, messages: Iterable[int], *, timeout: float | None) -> list[Message]:
@@ -88,95 +102,91 @@ class Mailbox:
         return [self.reply(node) for node in messages]
 
     def get_node_ids(self) -> list[int]:
-        """Return the nodes."""
+        """Return the ids of two nodes, as many as the strategy asks for at least."""
         return [1, 2]
 
 
-def measure(case: str, clients: int) -> dict[str, float]:
-    """Aggregate one round; return seconds and the peak of the memory, in models."""
-    align_to, permuted = CASES[case]
-    for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+def measure(case: Case, clients: int) -> dict[str, float]:
+    """Aggregate one round; return the seconds and the peak of the memory in models."""
+    allow_messages()
     torch.manual_seed(0)
     model = resnet18()
+    example = torch.zeros(1, 3, 64, 64)
     strategy: Any = FedAvg()
-    if align_to:
-        strategy = ReBasinStrategy(
-            FedAvg(), model=model, example_inputs=torch.zeros(1, 3, 64, 64),
-            recalibrate_batchnorm=False, align_to=align_to,  # type: ignore[arg-type]
-        )  # fmt: skip
+    if case.align is not None:
+        strategy = ReBasinStrategy(model=model, example_inputs=example, align=case.align, finish=[])
     state = {key: value.clone() for key, value in model.state_dict().items()}
     size = sum(value.numel() * value.element_size() for value in state.values())
-    grid: Any = Mailbox(state, strategy, permuted)
-    arrays = ArrayRecord(state)
-    list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
-    strategy._grid = None
-    grid.reply(1)
-    process, peak, done = psutil.Process(), 0, False
+    mailbox = Mailbox(state, strategy.spec if case.permuted else None)
+    grid: Any = mailbox
+    if case.align is not None:
+        grid = strategy.grid_for_rounds(mailbox)
+    list(strategy.configure_train(1, ArrayRecord(state), ConfigRecord(), grid))
+    mailbox.reply(1)  # Loads the libraries.
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # What is free already is not counted.
-    before = process.memory_info().rss
+        libc.malloc_trim(0)  # Memory that is already free must not hide the peak.
+    nodes = range(1, clients + 1)
 
-    def watch() -> None:
-        nonlocal peak
-        while not done:
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.002)
+    def aggregate() -> ArrayRecord | None:
+        replies = grid.send_and_receive(nodes, timeout=1.0)
+        arrays: ArrayRecord | None = strategy.aggregate_train(1, replies)[0]
+        return arrays
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    nodes: Any = range(1, clients + 1)
-    lazy = bool(align_to) and strategy._streams
-    replies = LazyGrid(grid, lazy=lazy).send_and_receive(nodes, timeout=1.0)
-    result, _ = strategy.aggregate_train(1, replies if align_to else list(replies))
-    seconds = time.perf_counter() - started
-    done = True
-    watcher.join()
-    assert result is not None
-    return {"seconds": seconds, "models": (peak - before) / size}
+    with PeakMemory() as memory:
+        seconds, arrays = timed(aggregate)
+    assert arrays is not None
+    return {"seconds": seconds, "models": (memory.peak - memory.start) / size}
 
 
-def main() -> None:
-    """Run as a program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def measure_apart(name: str, clients: int, allocator: str) -> dict[str, float]:
+    """Measure a case in a separate process."""
+    command = [sys.executable, __file__, "--case", name, "--clients", str(clients)]
+    environment = {**os.environ, **ALLOCATORS[allocator]}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = script_parser(__doc__)
     parser.add_argument("--clients", type=int, default=100, metavar="N")
-    here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here / "results", metavar="DIR")
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
-        help=f"some of: {', '.join(CASES)} (default: all); permuted clients take seconds each",
-    )  # fmt: skip
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help=f"any of: {', '.join(CASES)} (default: all); permuted clients take seconds each",
+    )
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients < 2:
         parser.error("--clients must be at least 2")
+    return options
+
+
+def main() -> None:
+    """Run as a program."""
+    options = parse()
     if options.case:
-        print(json.dumps(measure(options.case, options.clients)))
+        print(json.dumps(measure(CASES[options.case], options.clients)))
         return
     rows: dict[str, dict[str, Any]] = {}
-    for case in options.cases:
-        command = [sys.executable, __file__, "--case", case, "--clients", str(options.clients)]
-        rows[case] = {}
-        for name, environment in ALLOCATORS.items():
-            done = subprocess.run(
-                command, capture_output=True, text=True, env={**os.environ, **environment}
-            )
-            if done.returncode:
-                sys.exit(f"{case}: {done.stderr.strip().splitlines()[-1]}")
-            rows[case][name] = json.loads(done.stdout)
+    for name in options.cases:
+        rows[name] = {}
+        for allocator in ALLOCATORS:
+            found = measure_apart(name, options.clients, allocator)
+            rows[name][allocator] = found
             print(
-                f"{case:18s} {options.clients} clients, {name}: at most "
-                f"{rows[case][name]['models']:6.1f} models, {rows[case][name]['seconds']:6.1f} s"
+                f"{name:18s} {options.clients} clients, {allocator}: at most "
+                f"{found['models']:6.1f} models, {found['seconds']:6.1f} s"
             )
-    options.out.mkdir(parents=True, exist_ok=True)
     results = {"clients": options.clients, "rows": rows, "versions": versions("flwr", "torch")}
-    path = options.out / f"memory-{options.clients}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out / f"memory-{options.clients}.json", results)
 
 
 if __name__ == "__main__":

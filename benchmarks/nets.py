@@ -1,8 +1,8 @@
-"""The networks that matching and merging are timed on, and a few minutes of training for them."""
+"""The networks of the matching and merging benchmarks, and a few minutes of training for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def mlp() -> nn.Module:
 
 
 def vgg16_bn() -> nn.Module:
-    """Return VGG-16 with BatchNorm for images of CIFAR's size."""
+    """Return VGG-16 with BatchNorm for CIFAR images."""
     layers: list[nn.Module] = []
     channels = 3
     for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -56,11 +56,10 @@ class Block(nn.Module):
 
 
 def resnet20(width: int) -> nn.Module:
-    """Return ResNet-20 for images of CIFAR's size, `width` times as wide."""
+    """Return ResNet-20 for CIFAR images, `width` times as wide."""
     channels = 16 * width
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-    ]  # fmt: skip
+    stem = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
     for stage in range(3):
         for place in range(3):
             outputs = 16 * width * 2**stage
@@ -71,7 +70,15 @@ def resnet20(width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Net:
-    """A network: how to build it, an example of its inputs, and on what it is trained."""
+    """A network of the benchmarks.
+
+    Attributes:
+        build: Returns a model with random weights.
+        shape: Shape of its inputs.
+        data: Its training data: "mnist", "cifar100" or "" (never trained).
+        images: Number of training images.
+        epochs: Number of training epochs.
+    """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -91,7 +98,7 @@ NETS = {
 
 
 def images_of(name: str, folder: Path, count: int, *, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the first images and labels of a training or test set, from torchvision's folder."""
+    """Return the first images and labels of a training or test set in torchvision's folder."""
     if name == "mnist":
         mnist = torchvision.datasets.MNIST(str(folder), train=train)
         return (mnist.data[:count, None].float() / 255 - 0.13) / 0.31, mnist.targets[:count]
@@ -100,8 +107,22 @@ def images_of(name: str, folder: Path, count: int, *, train: bool = True) -> tup
     return images / 127.5 - 1, torch.tensor(cifar.targets[:count])
 
 
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    batches: Iterable[Tensor],
+) -> None:
+    """Train a model in place, one step for each batch of indices."""
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+
+
 def state_of(name: str, seed: int, folder: Path | None) -> State:
-    """Return a network's weights: random ones, or trained on the data in a folder."""
+    """Return the weights of a network: random, or trained on the data in a folder."""
     net = NETS[name]
     torch.manual_seed(seed)
     model = net.build()
@@ -111,9 +132,5 @@ def state_of(name: str, seed: int, folder: Path | None) -> State:
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         size = 500 if net.data == "mnist" else 100
         for _ in range(net.epochs):
-            for batch in torch.randperm(len(images)).split(size):
-                loss = F.cross_entropy(model(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            train_epoch(model, optimizer, images, labels, torch.randperm(len(images)).split(size))
     return {key: value.contiguous() for key, value in model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Git Re-Basin as it stands in the paper: Algorithms 1 and 3, in plain torch and scipy.
+"""Git Re-Basin exactly as in the paper: Algorithms 1 and 3, in plain torch and SciPy.
 
-Each step forms the whole similarity matrix of one group from all tensors, as permuted so far, and
-solves it from nothing. Only the axes of the tensors come from the package.
+Each step forms the whole similarity matrix of one group from all permuted tensors and solves the
+assignment from scratch. Only the axes of the tensors come from the package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fl_rebasin import Permutation, PermutationSpec
 from fl_rebasin.symmetry.axes import groups_of, named_pieces, pieces
 
 ROUNDING = 1e-6
-"""In float32 a rise of the objective by less than this share is none, or the loop never ends."""
+"""A relative gain below this is rounding in float32; without a threshold the loop may not end."""
 MAX_SWEEPS = 100
 
 
@@ -26,7 +26,7 @@ def match(
     weights: Mapping[str, Tensor],
     generator: torch.Generator,
 ) -> tuple[Permutation, int]:
-    """Return the permutation of Algorithm 1 and its number of sweeps."""
+    """Return the permutation of Algorithm 1 and its number of sweeps over the groups."""
     keys: dict[str, list[str]] = {name: [] for name in spec.groups}
     for key in spec.learnable:
         for name in {group.name for axis in spec.axes[key] for group in groups_of(axis)}:
@@ -53,28 +53,25 @@ def _best_move(
     group: str,
     keys: Sequence[str],
 ) -> tuple[Permutation, float, float]:
-    """Return the best move of one group, what it gains, and the scale of that."""
+    """Return the best permutation of one group, its gain, and the scale of the gain's rounding."""
     size, blocks = spec.groups[group], spec.within.get(group)
     count = 1 if blocks is None else spec.groups[blocks]
     similarity = torch.zeros(count, size, size)
     for key in keys:
         moved = spec.move(key, weights[key], found)
-        both = zip(
+        pairs = zip(
             named_pieces(target[key], spec.axes[key]), pieces(moved, spec.axes[key]), strict=True
         )
-        for (left, names), (right, _) in both:
-            for dim, name in enumerate(names):
-                if name == group:
-                    first = [dim] if blocks is None else [names.index(blocks), dim]
-                    rows = [
-                        side.movedim(first, list(range(len(first)))).reshape(count, size, -1)
-                        for side in (left, right)
-                    ]
-                    similarity += rows[0] @ rows[1].mT
-    orders = torch.stack(
-        [torch.from_numpy(linear_sum_assignment(each.numpy(), maximize=True)[1])
-         for each in similarity]
-    )  # fmt: skip
+        for (left, names), (right, _) in pairs:
+            for dim in (dim for dim, name in enumerate(names) if name == group):
+                first = [dim] if blocks is None else [names.index(blocks), dim]
+                rows, columns = (
+                    side.movedim(first, list(range(len(first)))).reshape(count, size, -1)
+                    for side in (left, right)
+                )
+                similarity += rows @ columns.mT
+    solved = [linear_sum_assignment(each.numpy(), maximize=True)[1] for each in similarity]
+    orders = torch.stack([torch.from_numpy(order) for order in solved])
     best = similarity.double().gather(2, orders[..., None]).sum()
     gain = float(best - similarity.double().diagonal(dim1=1, dim2=2).sum())
     order = orders[0] if blocks is None else orders
@@ -85,10 +82,10 @@ def _best_move(
 def merge_many(
     spec: PermutationSpec, models: Sequence[Mapping[str, Tensor]], generator: torch.Generator
 ) -> tuple[list[Permutation], int]:
-    """Return the permutations of Algorithm 3 and its number of rounds over all models."""
+    """Return the permutations of Algorithm 3 and its number of passes over the models."""
     found = [spec.identity() for _ in models]
     moved = [dict(model) for model in models]
-    for turn in range(1, MAX_SWEEPS + 1):
+    for sweep in range(1, MAX_SWEEPS + 1):
         progress = False
         for place in torch.randperm(len(models), generator=generator).tolist():
             others = [model for other, model in enumerate(moved) if other != place]
@@ -101,5 +98,5 @@ def merge_many(
                     key: spec.move(key, value, permutation) for key, value in moved[place].items()
                 }
         if not progress:
-            return found, turn
+            return found, sweep
     return found, MAX_SWEEPS

@@ -1,45 +1,42 @@
-"""Clients train on disjoint parts of CIFAR-100 through Flower; their models are merged.
+"""Clients train on disjoint parts of CIFAR-100 through Flower; the server merges their models.
 
-Compares permutation-aligned merging (`ReBasinStrategy`) with naive averaging (`FedAvg`) on the
-very same client models, beside the controls: each client, the better client with its label prior
-taken out, ensembles, and one model on all the data.
+Compares permutation-aligned merging (`ReBasinStrategy`) with naive averaging (`FedAvg`) of the
+same client models. Controls: each client, the best client without its label prior, ensembles of
+the clients, and one model trained on all the data.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import experiment.quiet  # noqa: F401
-from experiment.cli import Parser, check_seeds, check_writable, run_program
+from experiment.cli import Parser, add_shared_options, check_seeds, check_writable, run_program
 from experiment.data import DATASET_CHOICES, Dataset, load_dataset
 from experiment.errors import UserError
-from experiment.methods import METHODS, chosen_methods
+from experiment.methods import chosen_methods
 from experiment.models import DEFAULT_WIDTHS
-from experiment.presets import DEFAULT_NORMS, LEARNING_RATES, PRESETS
-from experiment.report import (
-    draw_interpolation,
-    print_rounds,
-    print_table,
-    summarise,
-    versions,
-    wide,
-    write_json,
-)
+from experiment.plot import draw_interpolation
+from experiment.presets import DEFAULT_NORMS, LEARNING_RATES, PRESETS, Preset
+from experiment.results import config_of, summarise, versions, write_json
 from experiment.seeding import client_indices, shared_model
 from experiment.settings import Settings
 from experiment.simulate import simulate
+from experiment.tables import print_rounds, print_table, wide
 from rich.console import Console
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    _add_experiment_options(parser)
+    _add_training_options(parser)
+    add_shared_options(parser, data="cifar-100-python", out="results", methods="none")
+    return parser.parse_args(argv)
+
+
+def _add_experiment_options(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "--preset",
@@ -52,21 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--dataset",
         choices=DATASET_CHOICES,
         default="auto",
-        help="auto: CIFAR-100 from --data-dir, else downloaded, else scikit-learn's digits",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="folder of cifar-100-python (default: data)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="folder for results.json, interpolation.png, flower.log (default: results)",
+        help="auto: CIFAR-100 if it can be found or downloaded, otherwise scikit-learn's digits",
     )
     add(
         "--split",
@@ -78,15 +61,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--init",
         choices=["different", "shared"],
         default="different",
-        help="whether clients start from weights of their own (default: different)",
+        help="whether each client starts from its own random weights (default: different)",
     )
     add(
         "--rounds",
         type=int,
         default=1,
         metavar="R",
-        help="1: one shot; more: ordinary rounds from the merged model (default: 1)",
+        help="1: one shot; more: ordinary rounds that start from the merged model (default: 1)",
     )
+    add(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="maximum number of training images per client (default: 0, all)",
+    )
+    add(
+        "--no-oracle",
+        dest="oracle",
+        action="store_false",
+        help="skip the model that is trained on all the data",
+    )
+
+
+def _add_training_options(parser: Parser) -> None:
+    """Add the options whose defaults depend on the preset."""
+    add = parser.add_argument
     add("--epochs", type=int, metavar="E", help="local epochs of the first round")
     add("--round-epochs", type=int, metavar="E", help="local epochs of each later round")
     add("--model", choices=list(DEFAULT_WIDTHS), help="architecture")
@@ -97,70 +98,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="W",
         help="channels of the first stage (conv), multiplier (resnet20), hidden units (mlp)",
     )
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="S",
-        help="one repetition each (default: 0)",
-    )
-    add(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="at most N training images a client (default: 0, all)",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        default=[],
-        metavar="M",
-        help="rows of the table beside naive averaging and rebasin: all, or some of "
-        f"{', '.join(METHODS)} (default: none)",
-    )
-    add(
-        "--no-oracle",
-        dest="oracle",
-        action="store_false",
-        help="do not train one model on all the data",
-    )
-    return parser.parse_args(argv)  # fmt: skip
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Raise `UserError` for a number that makes no sense."""
-    for name, least in (
-        ("clients", 2), ("rounds", 1), ("epochs", 1), ("round_epochs", 1), ("width", 1),
-        ("limit", 0),
-    ):  # fmt: skip
+    """Raise `UserError` for a number that is out of range."""
+    least = {"clients": 2, "rounds": 1, "epochs": 1, "round_epochs": 1, "width": 1, "limit": 0}
+    for name, minimum in least.items():
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and value < minimum:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} is too small: give at least {least}")
+            raise UserError(f"{flag} {value} is too small: it must be at least {minimum}")
     check_seeds(options.seeds)
 
 
-def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
-    """Fill in what the user left to the preset, and check that model and split are possible."""
-    own = preset = PRESETS[options.preset, dataset.name]
-    if options.model not in (None, own.model):
-        # A preset's width and norm are meant for its own model.
+def choose_preset(options: argparse.Namespace, dataset: Dataset) -> Preset:
+    """Return the preset with the user's choices in place of its own."""
+    original = preset = PRESETS[options.preset, dataset.name]
+    if options.model not in (None, original.model):
+        # The preset's width and norm suit its own model only.
         preset = replace(
-            preset, model=options.model, norm=DEFAULT_NORMS[options.model],
+            preset,
+            model=options.model,
+            norm=DEFAULT_NORMS[options.model],
             width=DEFAULT_WIDTHS[options.model],
-        )  # fmt: skip
-    said = {
-        name: getattr(options, name)
-        for name in ("epochs", "round_epochs", "norm", "width")
-        if getattr(options, name) is not None
-    }
-    preset = replace(preset, **said)
-    if (preset.model, preset.norm) != (own.model, own.norm):
+        )
+    names = ("epochs", "round_epochs", "norm", "width")
+    chosen = {name: getattr(options, name) for name in names}
+    preset = replace(preset, **{name: value for name, value in chosen.items() if value is not None})
+    if (preset.model, preset.norm) != (original.model, original.norm):
         rate = LEARNING_RATES[preset.norm]
-        recipe = replace(own.recipe, learning_rate=rate, round_learning_rate=rate / 10)
+        recipe = replace(original.recipe, learning_rate=rate, round_learning_rate=rate / 10)
         preset = replace(preset, recipe=recipe)
+    return preset
+
+
+def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
+    """Complete the settings; raise `UserError` if the model or the split is impossible."""
     settings = Settings(
         dataset=dataset.name,
         data_dir=options.data_dir.absolute(),
@@ -173,7 +146,7 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
         limit=options.limit,
         oracle=options.oracle,
         methods=chosen_methods(options.methods),
-        **vars(preset),
+        **vars(choose_preset(options, dataset)),
     )
     for seed in settings.seeds:
         client_indices(settings, dataset, seed)
@@ -182,13 +155,13 @@ def choose(options: argparse.Namespace, dataset: Dataset) -> Settings:
 
 
 def run(argv: list[str]) -> None:
-    """Do everything; raise `UserError` for a wrong input before anything is written."""
+    """Run the experiment; raise `UserError` for invalid input before anything is written."""
     console = Console()
     options = parse(argv)
     check_numbers(options)
     dataset = load_dataset(options.dataset, options.data_dir)
     if dataset.note:
-        # Not as markup: the reason may hold brackets.
+        # Without markup, because the reason may contain brackets.
         console.print(dataset.note, style="bold yellow", markup=False, soft_wrap=True)
     settings = choose(options, dataset)
     check_writable(options.out)
@@ -198,16 +171,15 @@ def run(argv: list[str]) -> None:
         f"{settings.norm} norm; {settings.epochs} epochs; seeds {list(settings.seeds)}",
         soft_wrap=True,
     )
+    # Before the long simulation, so that they describe the code that runs.
     environment = versions()
     runs = simulate(settings, dataset, console, options.out / "flower.log")
-    config = asdict(replace(settings, data_dir=Path())) | {"preset": options.preset}
-    del config["data_dir"]
     results = {
         "dataset": dataset.name,
         "note": dataset.note,
         "command": shlex.join(["python", "simulations/cifar100_split.py", *argv]),
         "versions": environment,
-        "config": config,
+        "config": config_of(settings) | {"preset": options.preset},
         "runs": runs,
         "summary": summarise(runs),
     }
@@ -216,7 +188,7 @@ def run(argv: list[str]) -> None:
     print_table(wide(console), results)
     if settings.rounds > 1:
         print_rounds(wide(console), runs)
-    console.print(f"written: {options.out}/results.json, interpolation.png, flower.log")
+    console.print(f"wrote {options.out}/results.json, interpolation.png, flower.log")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Five clients train on MNIST once, apart, through Flower; their models are merged.
+"""Five clients train on MNIST once through Flower; the server merges their models.
 
-Four settings: small clients (5,000 images in all) with IID, Dirichlet 0.5 and Dirichlet 0.1 splits,
-each client from initial weights of its own; and five full-size models, each trained on all of
+Four settings: small clients (5,000 images in all, each client from its own initial weights) with
+IID, Dirichlet 0.5 and Dirichlet 0.1 splits; and five full-size models, each trained on all of
 MNIST, as in the MergeMany experiment of Git Re-Basin.
 """
 
@@ -9,57 +9,51 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import experiment.quiet  # noqa: F401
-from experiment.cli import Parser, check_seeds, check_writable, run_program
+from experiment.cli import Parser, add_shared_options, check_seeds, check_writable, run_program
 from experiment.data import load_mnist
-from experiment.methods import METHODS, chosen_methods
-from experiment.report import print_table, summarise, versions, wide, write_json
+from experiment.methods import chosen_methods
+from experiment.results import config_of, summarise, versions, write_json
 from experiment.settings import Settings
 from experiment.simulate import simulate
+from experiment.tables import print_table, wide
 from experiment.training import Recipe
 from rich.console import Console
 
-SETTINGS = {"iid": "iid", "dirichlet-0.5": "dirichlet:0.5", "dirichlet-0.1": "dirichlet:0.1"}
+SPLITS = {"iid": "iid", "dirichlet-0.5": "dirichlet:0.5", "dirichlet-0.1": "dirichlet:0.1"}
 MERGE_MANY = "merge-many-5"
+EPOCHS = 30
 SMALL = Recipe(3e-3, 3e-3, batch_size=50, flip=False)
 FULL = Recipe(1e-3, 1e-3, batch_size=500, flip=False)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="folder of MNIST; downloaded if it is not there (default: data)")  # fmt: skip
-    add("--out", type=Path, default=Path("results-mnist"), metavar="DIR",
-        help="folder for results.json and flower.log (default: results-mnist)")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[0], metavar="S",
-        help="one repetition each (default: 0)")  # fmt: skip
-    add("--settings", nargs="+", choices=[*SETTINGS, MERGE_MANY], default=[*SETTINGS, MERGE_MANY],
-        help="which of the settings (default: all)")  # fmt: skip
-    add("--methods", nargs="+", default=["all"], metavar="M",
-        help="rows of the table beside naive averaging and rebasin: "
-        f"{', '.join(METHODS)} (default: all)")  # fmt: skip
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=[*SPLITS, MERGE_MANY],
+        default=[*SPLITS, MERGE_MANY],
+        help="settings to run (default: all)",
+    )
+    add_shared_options(parser, data="MNIST", out="results-mnist", methods="all")
     return parser.parse_args(argv)
 
 
 def settings_of(name: str, options: argparse.Namespace) -> Settings:
-    """Return the experiment of a setting."""
+    """Return the experiment of a named setting."""
     small = Settings(
         dataset="mnist",
         data_dir=options.data_dir.absolute(),
-        split=SETTINGS.get(name, "all"),
+        split=SPLITS.get(name, "all"),
         clients=5,
         init="different",
         rounds=1,
-        epochs=30,
+        epochs=EPOCHS,
         round_epochs=1,
         model="mlp2",
         width=128,
@@ -74,13 +68,11 @@ def settings_of(name: str, options: argparse.Namespace) -> Settings:
     )
     if name != MERGE_MANY:
         return small
-    return replace(
-        small, epochs=30, model="mlp", width=512, images=0, recipe=FULL, statistics_images=20_000
-    )
+    return replace(small, model="mlp", width=512, images=0, recipe=FULL, statistics_images=20_000)
 
 
 def run(argv: list[str]) -> None:
-    """Do everything; raise `UserError` for a wrong input before anything is written."""
+    """Run all settings; raise `UserError` for invalid input before anything is written."""
     console = Console()
     options = parse(argv)
     check_seeds(options.seeds)
@@ -92,32 +84,22 @@ def run(argv: list[str]) -> None:
     summary = {}
     for name, settings in experiments.items():
         console.print(f"{name}: {settings.model} {settings.width}, {settings.epochs} epochs")
-        log_file = options.out / f"flower-{name}.log"
-        found = [
-            {"setting": name, **each} for each in simulate(settings, dataset, console, log_file)
-        ]
-        runs += found
+        found = simulate(settings, dataset, console, options.out / f"flower-{name}.log")
+        runs += [{"setting": name, **each} for each in found]
         summary[name] = summarise(found)
-        config = asdict(settings)
-        print_table(
-            wide(console),
-            {"dataset": f"mnist {name}", "note": "", "config": config, "summary": summary[name]},
-        )
-    config = asdict(replace(experiments[options.settings[0]], data_dir=Path()))
-    del config["data_dir"]
-    write_json(
-        options.out / "results.json",
-        {
-            "dataset": "mnist",
-            "note": "",
-            "command": shlex.join(["python", "simulations/one_shot_mnist.py", *argv]),
-            "versions": environment,
-            "config": config,
-            "runs": runs,
-            "summary": summary,
-        },
-    )
-    console.print(f"written: {options.out}/results.json, flower-SETTING.log")
+        table = {"config": config_of(settings), "summary": summary[name]}
+        print_table(wide(console), {"dataset": f"mnist {name}", "note": "", **table})
+    results = {
+        "dataset": "mnist",
+        "note": "",
+        "command": shlex.join(["python", "simulations/one_shot_mnist.py", *argv]),
+        "versions": environment,
+        "config": config_of(experiments[options.settings[0]]),
+        "runs": runs,
+        "summary": summary,
+    }
+    write_json(options.out / "results.json", results)
+    console.print(f"wrote {options.out}/results.json, flower-SETTING.log")
 
 
 def main() -> None:

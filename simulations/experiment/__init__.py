@@ -1,1 +1,1 @@
-"""What the simulation scripts share: data sets, client splits, models."""
+"""Code shared by the simulation scripts: data sets, client splits, models, training, reports."""

@@ -1,4 +1,4 @@
-"""The image data sets of the simulations, as whole tensors in memory."""
+"""The image data sets of the simulations, held in memory as tensors."""
 
 import os
 import socket
@@ -21,13 +21,14 @@ from experiment.errors import UserError
 
 DATASET_CHOICES = ("auto", "cifar100", "digits")
 NETWORK_TIMEOUT_S = 10.0
+DOWNLOAD_ERRORS = (OSError, RuntimeError, HTTPException)
 DIGITS_TEST_IMAGES = 500
 DIGITS_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled image data set, already divided into training and test images.
+    """A labelled image data set with training and test images.
 
     Attributes:
         name: "cifar100", "digits" or "mnist".
@@ -36,9 +37,9 @@ class Dataset:
         test_images: uint8, shape (M, C, H, W).
         test_labels: int64, shape (M,).
         num_classes: Number of classes.
-        mean: Mean of the training pixels of each channel, with 255 counted as 1.
-        std: Standard deviation of the same pixels, in the same unit.
-        note: Why digits stand in for CIFAR-100, in plain words; empty if they do not.
+        mean: Mean of the training pixels of each channel, scaled to [0, 1].
+        std: Standard deviation of the same pixels, on the same scale.
+        note: Why digits replace CIFAR-100; empty if they do not.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Dataset:
     note: str = ""
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale images to mean 0 and standard deviation 1 in each channel of the training set.
+        """Scale images so that each channel of the training set has mean 0 and deviation 1.
 
         Args:
             images: uint8, shape (N, C, H, W), on any device.
@@ -69,60 +70,51 @@ def load_dataset(choice: str, data_dir: Path) -> Dataset:
     """Load CIFAR-100 (Krizhevsky, 2009) or scikit-learn's 8x8 handwritten digits.
 
     Args:
-        choice: "cifar100", "digits", or "auto": CIFAR-100 where it can be had, digits elsewhere.
-        data_dir: Folder that holds `cifar-100-python`. If it does not, CIFAR-100 is downloaded
+        choice: "cifar100", "digits", or "auto": CIFAR-100 if it can be found or downloaded,
+            otherwise digits.
+        data_dir: Folder that contains `cifar-100-python`. If it does not, CIFAR-100 is downloaded
             into it. Digits come with scikit-learn and do not use it.
 
     Returns:
-        The data set. Its `note` says so if digits were taken in place of CIFAR-100.
+        The data set. Its `note` explains why if digits replace CIFAR-100.
 
     Raises:
         UserError: `choice` is unknown, `data_dir` is a file, the CIFAR-100 files are incomplete
-            or damaged, or "cifar100" was asked for and can be neither found nor downloaded.
+            or damaged, or "cifar100" can be neither found nor downloaded.
     """
     if choice not in DATASET_CHOICES:
         raise UserError(f"unknown data set {choice!r}: use one of {', '.join(DATASET_CHOICES)}")
     if choice == "digits":
         return _digits(note="")
-    data_dir = data_dir.expanduser()
-    existing = _nearest_existing(data_dir)
-    if not existing.is_dir():
-        raise UserError(f"{existing} is not a folder: give a folder as --data-dir")
+    data_dir = _checked_folder(data_dir)
     if not os.path.exists(data_dir / CIFAR100.base_folder):
         try:
             _download_cifar100(data_dir)
-        except (OSError, RuntimeError, HTTPException) as error:
-            reason = " ".join(str(error).strip("<>").split())
-            missing = f"CIFAR-100 is neither in {data_dir} nor can it be downloaded ({reason})"
+        except DOWNLOAD_ERRORS as error:
+            missing = _missing("CIFAR-100", data_dir, error)
             if choice == "cifar100":
                 raise UserError(
-                    f"{missing}: put the folder {CIFAR100.base_folder} there, give another "
-                    "--data-dir, or choose the data set digits"
+                    f"{missing}: put the folder {CIFAR100.base_folder} there, change --data-dir, "
+                    "or choose the data set digits"
                 ) from error
-            return _digits(
-                f"{missing}: this run uses scikit-learn's bundled handwritten digits instead."
-            )
+            return _digits(f"{missing}: this run uses scikit-learn's handwritten digits instead.")
     return _cifar100(data_dir)
 
 
 def load_mnist(data_dir: Path) -> Dataset:
-    """Load MNIST (LeCun et al., 1998); download it into `data_dir` if it is not there.
+    """Load MNIST (LeCun et al., 1998); download it into `data_dir` if it is missing.
 
     Raises:
         UserError: It can be neither found nor downloaded, or the files are damaged.
     """
-    data_dir = data_dir.expanduser()
-    existing = _nearest_existing(data_dir)
-    if not existing.is_dir():
-        raise UserError(f"{existing} is not a folder: give a folder as --data-dir")
+    data_dir = _checked_folder(data_dir)
     try:
         with _network_timeout(NETWORK_TIMEOUT_S):
             parts = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, HTTPException, ValueError) as error:
-        reason = " ".join(str(error).strip("<>").split())
+    except (*DOWNLOAD_ERRORS, ValueError) as error:
         raise UserError(
-            f"MNIST is neither in {data_dir} nor can it be downloaded ({reason}): put the folder "
-            "MNIST there, or give another --data-dir"
+            f"{_missing('MNIST', data_dir, error)}: put the folder MNIST there, or change "
+            "--data-dir"
         ) from error
     (train_images, train_labels), (test_images, test_labels) = (
         (part.data[:, None].contiguous(), part.targets) for part in parts
@@ -131,15 +123,30 @@ def load_mnist(data_dir: Path) -> Dataset:
     return Dataset("mnist", train_images, train_labels, test_images, test_labels, 10, mean, std)
 
 
+def _checked_folder(data_dir: Path) -> Path:
+    """Return the folder without `~`; raise `UserError` if it, or a parent, is a file."""
+    expanded = data_dir.expanduser()
+    existing = _nearest_existing(expanded)
+    if not existing.is_dir():
+        raise UserError(f"{existing} is not a folder: set --data-dir to a folder")
+    return expanded
+
+
+def _missing(name: str, data_dir: Path, error: Exception) -> str:
+    """Return in one line that a data set is missing and why the download failed."""
+    reason = " ".join(str(error).strip("<>").split())
+    return f"{name} is not in {data_dir} and could not be downloaded ({reason})"
+
+
 def _nearest_existing(path: Path) -> Path:
-    # os.path.exists, unlike Path.exists, does not raise below a folder that may not be searched.
+    # Path.exists raises below a folder without search permission; os.path.exists does not.
     absolute = path.absolute()
     return next(p for p in (absolute, *absolute.parents) if os.path.exists(p))
 
 
 def _download_cifar100(data_dir: Path) -> None:
-    """Put `cifar-100-python` into `data_dir`, whole or not at all."""
-    # The temporary folder is on the same file system as data_dir, so the last step is a rename.
+    """Download `cifar-100-python` into `data_dir`, completely or not at all."""
+    # On the same file system as data_dir, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".cifar100-", dir=_nearest_existing(data_dir)) as temp:
         with _network_timeout(NETWORK_TIMEOUT_S):
             CIFAR100(temp, download=True)
@@ -148,14 +155,14 @@ def _download_cifar100(data_dir: Path) -> None:
         try:
             (Path(temp) / CIFAR100.base_folder).rename(target)
         except OSError:
-            # Another run that started beside this one may have put it there first.
+            # Another run may have finished its download first.
             if not target.is_dir():
                 raise
 
 
 @contextmanager
 def _network_timeout(seconds: float) -> Iterator[None]:
-    # torchvision offers no time limit of its own.
+    # torchvision has no timeout option.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -179,9 +186,9 @@ def _cifar100(data_dir: Path) -> Dataset:
 
 
 def _check_cifar100(folder: Path) -> None:
-    # torchvision checks the same sums, but does not say which file is wrong.
+    # torchvision checks the same checksums, but does not say which file is damaged.
     meta = (CIFAR100.meta["filename"], CIFAR100.meta["md5"])
-    remedy = f"delete {folder} to have it downloaded again, or give another --data-dir"
+    remedy = f"delete {folder} to download it again, or change --data-dir"
     for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, meta):
         if not (folder / name).is_file():
             raise UserError(f"CIFAR-100 is incomplete, {folder / name} is missing: {remedy}")
@@ -196,7 +203,7 @@ def _cifar_tensors(part: CIFAR100) -> tuple[Tensor, Tensor]:
 
 def _digits(note: str) -> Dataset:
     bundle = load_digits()
-    # 16 grey levels above 0, spread over the range of a byte.
+    # Grey levels 0 to 16, scaled to the range of a byte.
     pixels = np.rint(bundle.images[:, None] * (255 / 16)).astype(np.uint8)
     train_images, test_images, train_labels, test_labels = (
         torch.from_numpy(part)
@@ -216,7 +223,7 @@ def _digits(note: str) -> Dataset:
 
 def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     means, stds = [], []
-    for c in range(images.shape[1]):  # All channels of CIFAR-100 at once would take 600 MB.
+    for c in range(images.shape[1]):  # All channels of CIFAR-100 at once would need 600 MB.
         std, mean = torch.std_mean(images[:, c].float() / 255, correction=0)
         means.append(float(mean))
         stds.append(float(std))

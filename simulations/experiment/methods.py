@@ -1,44 +1,66 @@
-"""The merging methods that a simulation compares, beside naive averaging."""
+"""The merging methods that a simulation compares with naive averaging."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from experiment.errors import UserError
+from fl_rebasin.flower import (
+    ActivationMatching,
+    BatchNorm,
+    Guard,
+    LeastSquares,
+    StraightThrough,
+    WeightMatching,
+)
 
 LABEL_COUNTS = "label-counts"
-"""Metric of the replies: training images of each class."""
+"""Metric of the training replies: the number of training images of each class."""
 
 GUARD = "rebasin+guard"
-"""The method for which clients hold back images."""
+"""The method for which clients hold out images."""
 
-_FITTED = {"least_squares": "layerwise", "label_counts": LABEL_COUNTS}
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rebasin-activation+bn": {"matching": "activations"},
-    "rebasin-ste+bn": {"matching": "straight-through"},
-    "naive+lsq": {"matching": "none", **_FITTED},
-    "rebasin+lsq": {"matching": "activations-then-weights", **_FITTED},
-    GUARD: {"matching": "activations-then-weights", **_FITTED, "guard": True},
+@dataclass(frozen=True)
+class Method:
+    """A merging method: options of `ReBasinStrategy`."""
+
+    align: WeightMatching | ActivationMatching | StraightThrough | None
+    finish: Sequence[BatchNorm | LeastSquares] = (BatchNorm(),)
+    guard: Guard | None = None
+
+
+_ALIGN = ActivationMatching(then_weights=True)
+_FIT = (LeastSquares(label_counts=LABEL_COUNTS),)
+
+ALWAYS = {"naive+bn": Method(None), "rebasin+bn": Method(WeightMatching())}
+"""The methods of every run; `naive` and `rebasin` are their results without BatchNorm."""
+
+METHODS = {
+    "rebasin-activation+bn": Method(ActivationMatching()),
+    "rebasin-ste+bn": Method(StraightThrough()),
+    "naive+lsq": Method(None, _FIT),
+    "rebasin+lsq": Method(_ALIGN, _FIT),
+    GUARD: Method(_ALIGN, _FIT, Guard()),
 }
-"""Options of `ReBasinStrategy` by the name of the row; what the table always has is not here."""
+"""The methods that the user can choose."""
 
-ALWAYS = ("naive", "naive+bn", "rebasin", "rebasin+bn")
-ORDINARY = ("naive+lsq", "rebasin+lsq", GUARD)
-"""Those that go on, as arms of their own, in ordinary rounds."""
+CONTINUED = (*ALWAYS, "naive+lsq", "rebasin+lsq", GUARD)
+"""The methods that take part in later rounds; the others differ from them only in the matching."""
 
 
 def chosen_methods(names: list[str]) -> tuple[str, ...]:
-    """Return the methods to compare beside those that every table has; `all` is all of them.
+    """Return the chosen methods, without those of every run; `["all"]` stands for all of them.
 
     Raises:
-        UserError: A name is unknown, or given twice.
+        UserError: A name is unknown or repeated.
     """
     if names == ["all"]:
         return tuple(METHODS)
-    known = (*ALWAYS, *METHODS)
-    if odd := [name for name in names if name not in known]:
-        raise UserError(f"--methods {odd[0]} is unknown: use all, or some of {', '.join(known)}")
+    known = ("naive", "rebasin", *ALWAYS, *METHODS)
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--methods {unknown[0]} is unknown: use all, or any of {', '.join(known)}")
     if len(set(names)) < len(names):
-        raise UserError(f"--methods {' '.join(names)} repeats a name: give each once")
+        raise UserError(f"--methods {' '.join(names)} repeats a name: list each name once")
     return tuple(name for name in METHODS if name in names)

@@ -15,7 +15,7 @@ MAX_NORM_GROUPS = 8
 
 
 def default_width(name: str) -> int:
-    """Return the width that a model has when the user gives none.
+    """Return the default width of a model.
 
     Raises:
         UserError: The model is unknown.
@@ -35,18 +35,18 @@ def build_model(
     image_size: int,
     seed: int,
 ) -> nn.Module:
-    """Build a model with PyTorch's standard initialisation, drawn from a seed.
+    """Build a model with PyTorch's default initialisation, drawn from a seed.
 
     Args:
         name: "conv", "resnet20", "mlp" (three hidden layers) or "mlp2" (two).
         width: Channels of the first stage (conv), multiplier of the channels 16, 32 and 64
-            (resnet20), or units of a hidden layer (mlp, mlp2).
+            (resnet20), or units per hidden layer (mlp, mlp2).
         norm: "batch", "layer" (over the channels at each position), "group" (at most 8 groups)
             or "none".
         in_channels: Channels of an image.
         num_classes: Number of logits.
         image_size: Height and width of an image in pixels.
-        seed: The same seed gives the same parameters; no global random state is changed.
+        seed: Determines the parameters; global random state does not change.
 
     Returns:
         A module in training mode, on the CPU, that maps (N, in_channels, image_size, image_size)
@@ -59,9 +59,11 @@ def build_model(
     if norm not in NORMS:
         raise UserError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
     if width < 1:
-        raise UserError(f"width {width} is below 1: use a positive width; {name} has {default}")
+        raise UserError(
+            f"width {width} is below 1: it must be positive; the default of {name} is {default}"
+        )
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed every GPU as well and so outlive the fork.
+        # torch.manual_seed would also seed the GPUs, and fork_rng would not restore them.
         torch.default_generator.manual_seed(seed)
         if name == "conv":
             return SmallConvNet(width, norm, in_channels, num_classes, image_size)
@@ -84,7 +86,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Four convolutions with `width` times 1, 2, 2 and 4 channels, mean over positions, linear."""
+    """Four convolutions (1, 2, 2 and 4 times `width` channels), global mean pool, linear head."""
 
     def __init__(
         self, width: int, norm: str, in_channels: int, num_classes: int, image_size: int
@@ -116,7 +118,7 @@ class SmallConvNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is projected where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, with a projection if the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class ResNet20(nn.Module):
 
 
 class MLP(nn.Module):
-    """Hidden layers of some widths over the flattened image."""
+    """A multilayer perceptron on the flattened image."""
 
     def __init__(self, widths: list[int], norm: str, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -183,7 +185,7 @@ class MLP(nn.Module):
 
 
 def _conv(in_channels: int, channels: int, kernel: int, stride: int, norm: str) -> nn.Conv2d:
-    # BatchNorm takes any bias away again.
+    # BatchNorm subtracts the mean, which cancels a bias.
     bias = norm != "batch"
     return nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=bias)
 

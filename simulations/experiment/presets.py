@@ -1,4 +1,4 @@
-"""What a run does where the user does not say."""
+"""Presets: the values of the options that the user does not set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT_NORMS = {"conv": "batch", "resnet20": "layer", "mlp": "none", "mlp2": "n
 
 @dataclass(frozen=True)
 class Preset:
-    """The part of `Settings` that a preset fills in, under the same names."""
+    """The part of `Settings` that a preset provides, under the same names."""
 
     model: str
     norm: str
@@ -23,12 +23,11 @@ class Preset:
 
 
 LEARNING_RATES = {"batch": 3e-2, "layer": 3e-3, "group": 3e-3, "none": 1e-3}
-"""Adam's peak for a norm that the preset does not have; BatchNorm bears by far the most."""
+"""Peak learning rate of Adam if the norm is not the preset's; BatchNorm tolerates the highest."""
 
 _DIGITS = Recipe(1e-3, 1e-3, batch_size=50, flip=False)
 
 PRESETS = {
-    # (preset, data set)
     ("quick", "cifar100"): Preset(
         model="conv",
         norm="batch",
@@ -39,7 +38,7 @@ PRESETS = {
         recipe=Recipe(3e-2, 3e-3, batch_size=125, flip=True),
     ),
     ("quick", "digits"): Preset("mlp", "none", 512, 30, 3, 0, _DIGITS),
-    # Git Re-Basin's CIFAR net: ResNet-20, LayerNorm, wide.
+    # The CIFAR network of Git Re-Basin: a wide ResNet-20 with LayerNorm.
     ("paper", "cifar100"): Preset(
         model="resnet20",
         norm="layer",

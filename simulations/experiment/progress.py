@@ -1,7 +1,8 @@
-"""Progress bars over processes: workers write how far they are, the main process draws."""
+"""Progress bars across processes: workers write their progress to files, this process draws."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ OnStep = Callable[[int, int], None]
 
 
 def progress_writer(folder: Path, name: str) -> OnStep:
-    """Return a callback for `(done, total)` that leaves them in a file, some 100 times in all."""
+    """Return a callback `(done, total)` that updates a file about 100 times in all."""
     path = folder / f"{name}.json"
 
     def write(done: int, total: int) -> None:
@@ -27,9 +28,15 @@ def progress_writer(folder: Path, name: str) -> OnStep:
     return write
 
 
+def counter(on_step: OnStep, total: int) -> Callable[[], None]:
+    """Return a callback without arguments that counts its own calls."""
+    steps = itertools.count(1)
+    return lambda: on_step(next(steps), total)
+
+
 @contextmanager
 def progress_bars(folder: Path, console: Console) -> Iterator[None]:
-    """Draw one bar for each file that `progress_writer` leaves in a folder."""
+    """Draw one bar for each file that a `progress_writer` writes to a folder."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), console=console)
     tasks = {}

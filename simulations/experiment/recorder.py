@@ -1,4 +1,4 @@
-"""A strategy that only watches another one."""
+"""A strategy that wraps another one and records its rounds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ModelState = dict[str, Tensor]
 
 
 def client_number(reply: Message) -> int:
-    """Return the number of the client that a reply comes from."""
+    """Return the number of the client that sent a reply."""
     return cast(int, reply.content.config_records["client"]["number"])
 
 
 class Recorder(WrappedStrategy):
-    """Wraps a strategy and keeps what goes in and out of its aggregation.
+    """Wraps a strategy and keeps the replies and the result of its last round.
 
     Attributes:
-        replies: The good replies of the last round, by client number, so that a run does not
-            depend on the order in which they come in.
-        failures: Reasons of the last round's failed clients.
-        arrays: What the wrapped strategy made of the replies.
+        replies: The replies without errors, sorted by client number, so that the results do not
+            depend on the order of arrival.
+        failures: Why the other clients failed.
+        arrays: The aggregated model.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -38,21 +38,21 @@ class Recorder(WrappedStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the wrapped strategy; replies and result are kept."""
-        replies = list(replies)
+        """Aggregate with the wrapped strategy; record the replies and the result."""
+        received = list(replies)
         self.failures = [
             str(reply.error.reason).strip().splitlines()[-1]
-            for reply in replies
+            for reply in received
             if reply.has_error()
         ]
         self.replies = sorted(
-            (reply for reply in replies if not reply.has_error()), key=client_number
+            (reply for reply in received if not reply.has_error()), key=client_number
         )
         self.arrays, metrics = super().aggregate_train(server_round, self.replies)
         return self.arrays, metrics
 
     def models(self) -> list[ModelState]:
-        """Return the models of the last round's replies."""
+        """Return the models of the recorded replies."""
         return [
             dict(next(iter(reply.content.array_records.values())).to_torch_state_dict())
             for reply in self.replies

@@ -1,4 +1,4 @@
-"""Seeds for each use of randomness, and what is drawn from them on client and server alike."""
+"""Seeds for each use of randomness, and what client and server both draw from them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from experiment.methods import GUARD
 from experiment.settings import Settings
 from experiment.splits import split_indices
 
-HELD_BACK, MAX_HELD_BACK = 0.05, 1000
-"""Share of a client's images that the guard judges models by, and the most."""
+HELD_OUT_SHARE = 0.05
+"""Share of a client's images that it holds out, so that the guard can compare models on them."""
+MAX_HELD_OUT = 1000
 
 
 def derived_seed(seed: int, *use: int | str) -> int:
-    """Return the seed of one use of randomness, independent of all other uses."""
+    """Return the seed for one use of randomness, independent of all other uses."""
     words = [word for part in use for word in (part.encode() if isinstance(part, str) else [part])]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
 
@@ -25,13 +26,13 @@ def client_indices(settings: Settings, dataset: Dataset, seed: int) -> list[NDAr
     """Return the training images of each client, at most `settings.limit` each (0: all)."""
     rng = np.random.default_rng(derived_seed(seed, "split"))
     labels = dataset.train_labels.numpy()
-    dealt = np.arange(len(labels))
+    available = np.arange(len(labels))
     if settings.images:
-        dealt = np.sort(rng.permutation(dealt)[: settings.images])
+        available = np.sort(rng.permutation(available)[: settings.images])
     parts = [
-        dealt[part]
+        available[part]
         for part in split_indices(
-            labels[dealt], settings.split, settings.clients, dataset.num_classes, rng
+            labels[available], settings.split, settings.clients, dataset.num_classes, rng
         )
     ]
     if settings.limit:
@@ -39,9 +40,9 @@ def client_indices(settings: Settings, dataset: Dataset, seed: int) -> list[NDAr
     return parts
 
 
-def held_back(part: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return a client's images to train on, and those to judge models by, which are left out."""
-    count = min(MAX_HELD_BACK, int(HELD_BACK * len(part)))
+def hold_out(part: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split a client's images into those to train on and those to hold out."""
+    count = min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(part)))
     order = np.random.default_rng(seed).permutation(len(part))
     return np.sort(part[order[count:]]), np.sort(part[order[:count]])
 
@@ -49,13 +50,12 @@ def held_back(part: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], ND
 def client_parts(
     settings: Settings, dataset: Dataset, seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return the images that each client trains on, and those that it holds back for the guard."""
+    """Return for each client its training images and its held-out images (only for the guard)."""
     parts = client_indices(settings, dataset, seed)
     if GUARD not in settings.methods:
         return [(part, part[:0]) for part in parts]
     return [
-        held_back(part, derived_seed(seed, "held back", client))
-        for client, part in enumerate(parts)
+        hold_out(part, derived_seed(seed, "held back", client)) for client, part in enumerate(parts)
     ]
 
 
@@ -65,5 +65,5 @@ def shared_model(settings: Settings, dataset: Dataset, seed: int) -> nn.Module:
 
 
 def client_model(settings: Settings, dataset: Dataset, seed: int, client: int) -> nn.Module:
-    """Return the model that a client starts from if inits are different."""
+    """Return the initial model of a client if each client has its own."""
     return settings.build(dataset, derived_seed(seed, "model", client))

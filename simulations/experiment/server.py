@@ -1,44 +1,157 @@
-"""The ServerApp's side of one seed: both arms of the comparison, on Flower's grid."""
+"""The server's side of one seed: all methods of the comparison, on Flower's grid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from experiment.data import Dataset
-from experiment.methods import METHODS, ORDINARY
+from experiment.errors import FederationError
+from experiment.methods import ALWAYS, CONTINUED, METHODS
 from experiment.recorder import ModelState, Recorder
 from experiment.seeding import shared_model
 from experiment.settings import Settings
-from fl_rebasin import ReBasinStrategy
+from fl_rebasin.flower import ReBasinStrategy
+
+Aggregate = tuple[ArrayRecord, MetricRecord]
 
 
-class FederationError(RuntimeError):
-    """A client of the simulation failed, so that the comparison would be of something else."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Federation:
-    """What the federation of one seed gave.
+    """The models and the measurements of one seed.
 
     Attributes:
         clients: The clients' models after the first round, trained apart.
         aligned: The same models with their units permuted.
-        merged: After the first round `naive`, `rebasin`, `naive+bn`, `rebasin+bn` and the chosen
-            methods; with more rounds those that go on, each from its own model, after the last.
-        rounds: For each round, for each arm, what `evaluate` said of its model and the aggregated
-            training metrics.
+        merged: The merged models by method. With one round: `naive`, `naive+bn`, `rebasin`,
+            `rebasin+bn` and all chosen methods. With more rounds: those that continue, after the
+            last round.
+        rounds: For each round and method, what `evaluate` returned for its model, and the
+            aggregated training metrics.
     """
 
     clients: list[ModelState]
     aligned: list[ModelState]
     merged: dict[str, ModelState]
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]]
+
+
+def run_federation(
+    settings: Settings,
+    dataset: Dataset,
+    grid: Grid,
+    seed: int,
+    evaluate: Callable[[ModelState], dict[str, float]],
+) -> Federation:
+    """Train and merge for one seed.
+
+    In the first round all methods merge the same client models. Later rounds are ordinary ones:
+    every method that continues gets the same number of rounds, messages and local epochs.
+
+    Args:
+        settings: The experiment.
+        dataset: Determines the shape of the model.
+        grid: Flower's grid.
+        seed: The seed.
+        evaluate: Measures a global model after each round.
+
+    Raises:
+        FederationError: A client failed.
+    """
+    server = _Server(settings, dataset, grid, seed)
+    received, results = server.first_round()
+    clients, aligned = received.models(), server.averages["rebasin"].models()
+    rounds = [_round_entry(1, results, evaluate)]
+    if settings.rounds > 1:
+        results = {name: result for name, result in results.items() if name in CONTINUED}
+    for stage in range(2, settings.rounds + 1):
+        results = {
+            name: server.run_round(server.strategies[name], name.removesuffix("+bn"), stage, arrays)
+            for name, (arrays, _) in results.items()
+        }
+        rounds.append(_round_entry(stage, results, evaluate))
+    merged = {}
+    for name, (arrays, _) in results.items():
+        plain = name.removesuffix("+bn")
+        if plain in server.averages:
+            # The average before BatchNorm is re-estimated.
+            merged[plain] = _state(server.averages[plain].arrays)
+        merged[name] = _state(arrays)
+    return Federation(clients, aligned, merged, rounds)
+
+
+class _Server:
+    """The strategies of one seed and the means to run their rounds.
+
+    Attributes:
+        averages: The averaging inside `naive+bn` and `rebasin+bn`.
+        strategies: One per method.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset, grid: Grid, seed: int) -> None:
+        self._settings, self._grid, self._seed = settings, grid, seed
+        model = shared_model(settings, dataset, seed)
+        example = dataset.normalise(dataset.train_images[:1])
+        self._initial = ArrayRecord(model.state_dict())
+
+        self.averages = {name.removesuffix("+bn"): Recorder(_fedavg()) for name in ALWAYS}
+        methods = ALWAYS | {name: METHODS[name] for name in settings.methods}
+        self.strategies = {
+            name: ReBasinStrategy(
+                self.averages.get(name.removesuffix("+bn"), _fedavg()),
+                model=model,
+                example_inputs=example,
+                align=method.align,
+                finish=method.finish,
+                guard=method.guard,
+            )
+            for name, method in methods.items()
+        }
+
+    def first_round(self) -> tuple[Recorder, dict[str, Aggregate]]:
+        """Train once; merge the same replies with every strategy."""
+        received = Recorder(self.strategies["rebasin+bn"])
+        merged = self.run_round(received, "rebasin", 1, self._initial)
+        results = {
+            name: merged if name == "rebasin+bn" else self._merge(strategy, received.replies)
+            for name, strategy in self.strategies.items()
+        }
+        return received, results
+
+    def _merge(self, strategy: Strategy, replies: list[Message]) -> Aggregate:
+        """Aggregate replies that another strategy has received."""
+        list(strategy.configure_train(1, self._initial, ConfigRecord(), self._grid))
+        arrays, metrics = strategy.aggregate_train(1, replies)
+        assert arrays is not None
+        assert metrics is not None
+        return arrays, metrics
+
+    def run_round(
+        self, strategy: Strategy, name: str, stage: int, arrays: ArrayRecord
+    ) -> Aggregate:
+        """Run one round of a strategy; every client must take part."""
+        settings, seed, first = self._settings, self._seed, stage == 1
+        recorded = Recorder(strategy)
+        config = ConfigRecord(
+            {
+                "seed": seed,
+                "stage": stage,
+                "epochs": settings.epochs if first else settings.round_epochs,
+                "from-own-init": first and settings.init == "different",
+                "label": f"seed {seed} round {stage}" + ("" if first else f" {name}"),
+            }
+        )
+        result = recorded.start(self._grid, arrays, num_rounds=1, train_config=config)
+        if len(recorded.replies) < settings.clients:
+            reasons = "; ".join(dict.fromkeys(recorded.failures)) or "no reply"
+            missing = settings.clients - len(recorded.replies)
+            raise FederationError(f"{missing} of {settings.clients} clients failed: {reasons}")
+        return result.arrays, result.train_metrics_clientapp[1]
 
 
 def _fedavg() -> FedAvg:
@@ -51,108 +164,13 @@ def _state(arrays: ArrayRecord | None) -> ModelState:
     return dict(arrays.to_torch_state_dict())
 
 
-def _one_round(
-    strategy: Strategy, settings: Settings, grid: Grid, arrays: ArrayRecord, seed: int, stage: int,
-    arm: str,
-) -> tuple[ArrayRecord, MetricRecord]:  # fmt: skip
-    """Run one round of a strategy; every client must take part."""
-    watched = Recorder(strategy)
-    first = stage == 1
-    config = ConfigRecord(
-        {
-            "seed": seed,
-            "stage": stage,
-            "epochs": settings.epochs if first else settings.round_epochs,
-            "from-own-init": first and settings.init == "different",
-            "label": f"seed {seed} round {stage}" + ("" if first else f" {arm}"),
-        }
-    )
-    result = watched.start(grid, arrays, num_rounds=1, train_config=config)
-    if len(watched.replies) < settings.clients:
-        reasons = "; ".join(dict.fromkeys(watched.failures)) or "no answer"
-        missing = settings.clients - len(watched.replies)
-        raise FederationError(f"{missing} of {settings.clients} clients failed: {reasons}")
-    return result.arrays, result.train_metrics_clientapp[1]
-
-
-def run_federation(
-    settings: Settings,
-    dataset: Dataset,
-    grid: Grid,
-    seed: int,
+def _round_entry(
+    stage: int,
+    results: dict[str, Aggregate],
     evaluate: Callable[[ModelState], dict[str, float]],
-) -> Federation:
-    """Train and merge for one seed.
-
-    In the first round all arms share the very same client models. Later rounds are ordinary
-    ones, each arm with as many as the other: the same communication, the same local epochs.
-
-    Args:
-        settings: The experiment.
-        dataset: For the shape of the model.
-        grid: Flower's grid.
-        seed: The seed.
-        evaluate: Measures a global model after each round.
-
-    Raises:
-        FederationError: A client failed.
-    """
-    model = shared_model(settings, dataset, seed)
-    example = dataset.normalise(dataset.train_images[:1])
-    initial = ArrayRecord(model.state_dict())
-
-    def rebasin_around(inner: Strategy, **options: Any) -> ReBasinStrategy:
-        return ReBasinStrategy(inner, model=model, example_inputs=example, **options)
-
-    averaging = Recorder(_fedavg())
-    rebasin = rebasin_around(averaging)
-    arriving = Recorder(rebasin)
-    rebasin_arrays, metrics = _one_round(arriving, settings, grid, initial, seed, 1, "rebasin")
-    naive_averaging = Recorder(_fedavg())
-    arms = {
-        "naive+bn": rebasin_around(naive_averaging, matching="none"),
-        **{name: rebasin_around(_fedavg(), **METHODS[name]) for name in settings.methods},
-    }
-    results = {"rebasin+bn": (rebasin_arrays, metrics)}
-    for name, strategy in arms.items():
-        # Not through `start`: all arms share the client models of the first round.
-        list(strategy.configure_train(1, initial, ConfigRecord(), grid))
-        arrays, own = strategy.aggregate_train(1, arriving.replies)
-        assert arrays is not None
-        assert own is not None
-        results[name] = arrays, own
-    federation = Federation(
-        clients=arriving.models(),
-        aligned=averaging.models(),
-        merged={
-            "naive": _state(naive_averaging.arrays),
-            "naive+bn": _state(results["naive+bn"][0]),
-            "rebasin": _state(averaging.arrays),
-            **{name: _state(results[name][0]) for name in ("rebasin+bn", *settings.methods)},
-        },
-    )
-
-    def log_round(stage: int) -> None:
-        entry: dict[str, Any] = {"round": stage}
-        for arm, (arrays, train_metrics) in results.items():
-            entry[arm] = evaluate(_state(arrays)) | {"train": dict(train_metrics)}
-        federation.rounds.append(entry)
-
-    log_round(1)
-    # Those that only differ in how they align go on like the others of their kind.
-    going_on = {"naive+bn": arms["naive+bn"], "rebasin+bn": rebasin} | {
-        name: arms[name] for name in settings.methods if name in ORDINARY
-    }
-    if settings.rounds > 1:
-        for name in results.keys() - going_on.keys():
-            del results[name], federation.merged[name]
-    for stage in range(2, settings.rounds + 1):
-        for arm, strategy in going_on.items():
-            results[arm] = _one_round(
-                strategy, settings, grid, results[arm][0], seed, stage, arm.removesuffix("+bn")
-            )
-            federation.merged[arm] = _state(results[arm][0])
-        federation.merged["naive"] = _state(naive_averaging.arrays)
-        federation.merged["rebasin"] = _state(averaging.arrays)
-        log_round(stage)
-    return federation
+) -> dict[str, Any]:
+    """Return the measurements of a round for `results.json`."""
+    entry: dict[str, Any] = {"round": stage}
+    for name, (arrays, metrics) in results.items():
+        entry[name] = evaluate(_state(arrays)) | {"train": dict(metrics)}
+    return entry

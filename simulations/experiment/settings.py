@@ -1,4 +1,4 @@
-"""What one run of a simulation does: the checked form of its command line."""
+"""The settings of one experiment, checked and complete."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +16,25 @@ class Settings:
 
     Attributes:
         dataset: "cifar100", "digits" or "mnist".
-        data_dir: Folder of CIFAR-100.
-        split: Rule by which images are dealt out, as `splits.split_indices` reads it.
+        data_dir: Folder of the data set.
+        split: How the images are divided among the clients; see `splits.split_indices`.
         clients: Number of clients.
-        init: "different" (each client starts from weights of its own) or "shared".
+        init: "different" (each client starts from its own random weights) or "shared".
         rounds: 1 is one shot; later rounds start from the merged model.
         epochs: Local epochs of the first round.
         round_epochs: Local epochs of each later round.
         model: Name of the architecture.
-        width: Its width.
-        norm: Its normalisation layers.
-        seeds: One repetition each.
-        images: Training images to deal out, taken at random; 0 for all.
-        limit: At most so many training images a client; 0 for all.
-        oracle: Whether one model is trained on all the data.
-        methods: Merging methods to compare, beside naive averaging and `rebasin`.
+        width: Width of the architecture.
+        norm: Normalisation layers of the architecture.
+        seeds: One repetition for each.
+        images: Number of training images to divide, chosen at random; 0 for all.
+        limit: Maximum number of training images per client; 0 for all.
+        oracle: Whether to train one model on the data of all clients.
+        methods: Merging methods to compare, in addition to naive averaging and `rebasin`.
         recipe: Optimiser and augmentation.
-        curve_images: Test images for each point of the interpolation curves; 0 for all.
-        statistics_images: Training images of each client that models are matched, re-estimated and
-            fitted on, at most.
+        curve_images: Number of test images for each point of the interpolation curves; 0 for all.
+        statistics_images: Maximum number of training images per client used for activation
+            matching, BatchNorm re-estimation and least squares.
     """
 
     dataset: str

@@ -1,4 +1,4 @@
-"""The experiment on Flower's simulation engine: Ray runs the clients, this process serves."""
+"""Run an experiment on Flower's simulation engine: the server here, the clients on Ray."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ RAY_DAEMONS = ("raylet", "gcs_server")
 def simulate(
     settings: Settings, dataset: Dataset, console: Console, log_file: Path
 ) -> list[dict[str, Any]]:
-    """Run all seeds; return one entry of `runs` each.
+    """Run all seeds; return one entry of `runs` for each.
 
     Args:
         settings: The experiment.
-        dataset: Its data, loaded.
-        console: Where the progress bars are drawn.
-        log_file: Where Flower's log goes.
+        dataset: Its data.
+        console: Draws the progress bars.
+        log_file: File for Flower's log.
 
     Raises:
         FederationError: A client failed.
@@ -46,7 +46,7 @@ def simulate(
     cores = os.cpu_count() or 1
     threads = max(1, cores // settings.clients)
     gpus = torch.cuda.device_count()
-    share_of_gpu = min(1.0, gpus / min(settings.clients, cores))
+    gpu_share = min(1.0, gpus / min(settings.clients, cores))
     runs: list[dict[str, Any]] = []
     server_app = ServerApp()
     with tempfile.TemporaryDirectory(prefix="fl-rebasin-") as folder:
@@ -57,30 +57,30 @@ def simulate(
             runs.extend(compare(settings, dataset, grid, seed, progress) for seed in settings.seeds)
 
         _log_to(log_file)
-        with _ending_at_once_on_ctrl_c(progress), progress_bars(progress, console):
+        with _exit_on_ctrl_c(progress), progress_bars(progress, console):
             run_simulation(
                 server_app=server_app,
                 client_app=make_client_app(settings, progress, threads),
                 num_supernodes=settings.clients,
                 backend_config={
                     "init_args": {"num_cpus": cores, "log_to_driver": False},
-                    "client_resources": {"num_cpus": threads, "num_gpus": share_of_gpu},
+                    "client_resources": {"num_cpus": threads, "num_gpus": gpu_share},
                 },
             )
     return runs
 
 
 @contextmanager
-def _ending_at_once_on_ctrl_c(folder: Path) -> Iterator[None]:
-    """End this process and Ray's when the user says so.
+def _exit_on_ctrl_c(folder: Path) -> Iterator[None]:
+    """End this process and Ray's on Ctrl-C.
 
-    Left to themselves, Flower's server thread waits for its clients for an hour, and Ray's
-    processes for their work.
+    Otherwise Flower's server thread would wait for its clients for up to an hour, and Ray's
+    processes would finish their work first.
     """
 
-    def end(signum: int, frame: FrameType | None) -> None:
+    def exit_now(signum: int, frame: FrameType | None) -> None:
         children = psutil.Process().children(recursive=True)
-        # Ray ends this process, with a code of its own, soon after its daemons are gone.
+        # The daemons last: soon after they end, Ray ends this process with another exit code.
         daemons = [child for child in children if _name(child) in RAY_DAEMONS]
         workers = [child for child in children if child not in daemons]
         _kill(workers)
@@ -90,7 +90,7 @@ def _ending_at_once_on_ctrl_c(folder: Path) -> Iterator[None]:
         _kill(daemons)
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.signal(signal.SIGINT, exit_now)
     try:
         yield
     finally:
@@ -111,7 +111,7 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def _log_to(path: Path) -> None:
-    """Send Flower's log to a file: the screen belongs to the progress bars."""
+    """Send Flower's log to a file, away from the progress bars."""
     logger = logging.getLogger("flwr")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Which client holds which training images, and the class parts that accuracy is told for."""
+"""How the training images are divided among the clients, and the class parts for accuracy."""
 
 import re
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 from experiment.errors import UserError
 
-# Above this a Dirichlet draw is equal parts to six digits; far above it, the draw overflows.
+# A larger ALPHA gives equal parts to six digits; a far larger one overflows.
 LARGEST_ALPHA = 1e6
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split rule, read from what the user wrote.
+    """A split rule, parsed from its name.
 
     Attributes:
         kind: "iid", "disjoint" (no class in common), "percent", "dirichlet" or "all".
-        value: For "percent", the percentage of the first half of the classes that goes to the
-            even clients; for "dirichlet", ALPHA; otherwise 0.
+        value: For "percent", the percentage of the images of the first half of the classes that
+            goes to the even clients; for "dirichlet", ALPHA; otherwise 0.
     """
 
     kind: Literal["iid", "disjoint", "percent", "dirichlet", "all"]
@@ -28,10 +28,10 @@ class Split:
 
 
 def parse_split(split: str) -> Split:
-    """Read `iid`, `50-50`, `A-B` (or `A/B`) with A + B = 100, `dirichlet:ALPHA` or `all`.
+    """Parse `iid`, `50-50`, `A-B` (or `A/B`) with A + B = 100, `dirichlet:ALPHA` or `all`.
 
     Raises:
-        UserError: The split is unknown, or its percentages or its ALPHA make no sense.
+        UserError: The split is unknown, or its percentages or ALPHA are invalid.
     """
     if split == "iid":
         return Split("iid")
@@ -43,10 +43,10 @@ def parse_split(split: str) -> Split:
         first, second = (int(text) for text in percentages.groups())
         if first + second != 100:
             raise UserError(
-                f"split {split!r} adds up to {first + second}, not to 100: use 20-80, for example"
+                f"split {split!r} adds up to {first + second}, not 100: use, for example, 20-80"
             )
         if first in (0, 100):
-            raise UserError(f"split {split!r}: for clients without a class in common use 50-50")
+            raise UserError(f"split {split!r}: use 50-50 for clients without a class in common")
         return Split("disjoint") if first == 50 else Split("percent", first)
     raise UserError(
         f"unknown split {split!r}: use 20-80 (or another A-B with A + B = 100), "
@@ -61,8 +61,8 @@ def _alpha(split: str) -> float:
         alpha = float("nan")
     if not 0 < alpha <= LARGEST_ALPHA:
         raise UserError(
-            f"split {split!r}: ALPHA must be a number above 0 and at most {LARGEST_ALPHA:g}, "
-            "as in dirichlet:0.5"
+            f"split {split!r}: ALPHA must be above 0 and at most {LARGEST_ALPHA:g}, "
+            "for example dirichlet:0.5"
         )
     return alpha
 
@@ -74,38 +74,38 @@ def split_indices(
     num_classes: int,
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """Deal the images out to the clients: each image to exactly one client, but for `all`.
+    """Divide the images among the clients; each image goes to one client, except with `all`.
 
     - `A-B`, the two-site rule of Git Re-Basin (Ainsworth et al., 2023) and REPAIR (Jordan et al.,
-      2023): client 0 gets A % of the images of the first half of the classes and B % of those
-      of the second half, client 1 the rest. With more clients the even ones share client 0's
-      images equally, the odd ones client 1's.
-    - `50-50`: no class in common; the classes are cut into one contiguous part a client.
+      2023): client 0 gets A % of the images of the first half of the classes and B % of the
+      images of the second half; client 1 gets the rest. With more clients, the even clients share
+      client 0's images equally, and the odd clients share client 1's.
+    - `50-50`: no class in common; each client gets one contiguous range of classes.
     - `iid`: random parts of equal size.
-    - `all`: every client has all images.
-    - `dirichlet:ALPHA`: each class is divided in proportions drawn from a symmetric Dirichlet
-      distribution (Hsu et al., 2019); the smaller ALPHA, the fewer clients share a class.
+    - `all`: every client gets all images.
+    - `dirichlet:ALPHA`: the shares of each class are drawn from a symmetric Dirichlet distribution
+      (Hsu et al., 2019); the smaller ALPHA is, the fewer clients share a class.
 
     Args:
         labels: Class of each image, shape (N,), values 0 to num_classes - 1.
         split: The rule, as above.
         num_clients: Number of clients, at least 2.
         num_classes: Number of classes.
-        rng: Source of all randomness; the same state gives the same split.
+        rng: The only source of randomness.
 
     Returns:
-        For each client the indices of its images, ascending.
+        For each client, the indices of its images in ascending order.
 
     Raises:
-        UserError: The rule is wrong, there are fewer than 2 clients or more than the images or
-            classes allow, or a client would be left without images.
+        UserError: The rule is invalid, there are fewer than 2 clients, there are too many clients
+            for the images or classes, or a client would get no images.
     """
     rule = parse_split(split)
     if num_clients < 2:
-        raise UserError(f"{num_clients} client(s) have nothing to merge: use at least 2 clients")
+        raise UserError(f"{num_clients} client(s) cannot be merged: use at least 2 clients")
     if num_clients > len(labels):
         raise UserError(
-            f"{num_clients} clients are more than the {len(labels)} images: use fewer clients"
+            f"{num_clients} clients cannot share {len(labels)} images: use fewer clients"
         )
     if rule.kind == "iid":
         parts = _equal_parts(np.arange(len(labels)), num_clients, rng)
@@ -127,17 +127,17 @@ def split_indices(
 
 
 def evaluation_parts(split: str, num_classes: int) -> dict[str, NDArray[np.int64]]:
-    """Name the class parts whose accuracies are told apart: for every split the two halves.
+    """Return the class parts whose accuracies are reported separately: the two halves.
 
     Args:
-        split: The rule, as for `split_indices`.
+        split: The rule; see `split_indices`.
         num_classes: Number of classes, at least 2.
 
     Returns:
-        The classes of each part under its name, such as "classes 0-49".
+        The classes of each part by name, such as "classes 0-49".
 
     Raises:
-        UserError: The rule is wrong.
+        UserError: The rule is invalid.
     """
     parse_split(split)
     return {f"classes {half[0]}-{half[-1]}": half for half in _class_parts(num_classes, 2)}
@@ -158,8 +158,8 @@ def _disjoint_parts(
 ) -> list[NDArray[np.int64]]:
     if num_clients > num_classes:
         raise UserError(
-            f"split '50-50' gives each client classes of its own, and {num_clients} clients are "
-            f"more than the {num_classes} classes: use at most {num_classes} clients"
+            f"split '50-50' gives each client its own classes, and {num_clients} clients cannot "
+            f"share {num_classes} classes: use at most {num_classes} clients"
         )
     parts = _class_parts(num_classes, num_clients)
     return [np.flatnonzero(np.isin(labels, part)) for part in parts]

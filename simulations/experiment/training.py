@@ -13,7 +13,7 @@ from experiment.data import Dataset
 EVALUATION_BATCH = 500
 STATISTICS_BATCH = 250
 SHORTEST_CYCLE = 8
-"""PyTorch's one-cycle schedule divides by zero where warming up takes less than two steps."""
+"""In a shorter one-cycle schedule PyTorch divides by zero: warm-up has less than two steps."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Recipe:
     Attributes:
         learning_rate: Peak of the cycle in the first round.
         round_learning_rate: Peak in each later round, which starts from a trained model.
-        batch_size: Images a step; a smaller last batch of an epoch is left out if others remain.
-        flip: Whether images are mirrored at random.
+        batch_size: Images per step; an epoch skips a smaller last batch unless it is the only one.
+        flip: Whether to mirror images at random.
     """
 
     learning_rate: float
@@ -34,14 +34,14 @@ class Recipe:
 
 
 def pick_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
+    """Return the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return bfloat16 autocast where the processor computes in it, else float32.
+    """Return a context of bfloat16 autocast if the hardware supports it, otherwise of float32.
 
-    A processor without bfloat16 instructions emulates them, many times slower.
+    A processor without bfloat16 instructions emulates them many times slower.
     """
     native = device.type == "cuda" or any(
         torch.cpu.get_capabilities().get(name, False)
@@ -65,15 +65,15 @@ def train(
     """Train a model in place.
 
     Args:
-        model: Left on the CPU, in training mode.
-        dataset: Knows how to normalise its images.
+        model: Changed; on return it is on the CPU in training mode.
+        dataset: Normalises the images.
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
         recipe: Optimiser and augmentation.
-        first_round: Whether the model is trained for the first time.
-        epochs: Passes over the images.
+        first_round: Whether this is the first round, which has its own learning rate.
+        epochs: Number of passes over the images.
         seed: Seeds the order of the images and the augmentation.
-        on_step: Called after each step with the steps done and to be done.
+        on_step: Called after each step with the number of steps done and the total.
 
     Returns:
         Mean training loss of the last epoch, in nats.
@@ -117,8 +117,8 @@ def predict(model: nn.Module, dataset: Dataset, images: Tensor) -> Tensor:
     """Return the logits of a model in evaluation mode.
 
     Args:
-        model: Moved to the best device for the run.
-        dataset: Knows how to normalise its images.
+        model: Moved to the GPU if there is one.
+        dataset: Normalises the images.
         images: uint8, shape (N, C, H, W).
 
     Returns:
@@ -140,19 +140,19 @@ def predict(model: nn.Module, dataset: Dataset, images: Tensor) -> Tensor:
 def statistics_batches(
     dataset: Dataset, images: Tensor, labels: Tensor, limit: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of randomly chosen images, normalised, with their labels.
+    """Yield batches of randomly chosen, normalised images with their labels.
 
     Args:
-        dataset: Knows how to normalise its images.
+        dataset: Normalises the images.
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
-        limit: At most so many images.
+        limit: Maximum number of images.
         seed: Seeds the choice.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:limit]
     for part in chosen.split(STATISTICS_BATCH):
-        # BatchNorm has no variance over a single image of one pixel a channel.
+        # BatchNorm cannot estimate a variance from one image with one pixel per channel.
         if len(part) > 1 or len(chosen) == 1:
             yield (
                 dataset.normalise(images[part]).to(memory_format=torch.channels_last),

@@ -1,4 +1,4 @@
-"""The data sets of the simulations: what is loaded, and what a user is told when it cannot be."""
+"""The data sets of the simulations: loading, downloading, and the errors when they fail."""
 
 import hashlib
 import io
@@ -23,17 +23,17 @@ BOTH_CHOICES = pytest.mark.parametrize("choice", ["auto", "cifar100"])
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Serve files without a line on the terminal for each."""
+    """Serves files without logging requests to the terminal."""
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make torchvision take a CIFAR-100 of 20 + 10 images for the real one; yield its archive.
+    """Yield an archive of 20 + 10 images, which torchvision accepts as the real CIFAR-100.
 
-    Torchvision downloads the archive from this machine, for as long as the archive exists.
+    Torchvision downloads the archive from this machine as long as the archive exists.
     """
     rng = np.random.default_rng(0)
     files = {"meta": pickle.dumps({"fine_label_names": [f"class {c}" for c in range(100)]})}
@@ -65,7 +65,7 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make every download of CIFAR-100 fail at once: the connection is refused."""
+    """Refuse every connection, so that each download of CIFAR-100 fails at once."""
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as not_listening:
         not_listening.bind(("127.0.0.1", 0))
@@ -74,13 +74,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def unpacked(archive: Path, data_dir: Path) -> Path:
-    """Unpack the archive into a new data_dir and return the folder that it holds."""
+    """Unpack the archive into a new data_dir and return the unpacked folder."""
     with tarfile.open(archive) as tar:
         tar.extractall(data_dir, filter="data")
     return data_dir.joinpath(CIFAR100.base_folder)
 
 
-def test_cifar100_is_the_published_one(cifar_dir: Path) -> None:
+def test_cifar100_is_the_published_data_set(cifar_dir: Path) -> None:
     dataset = load_dataset("auto", cifar_dir)
     assert (dataset.name, dataset.num_classes, dataset.note) == ("cifar100", 100, "")
     assert dataset.train_images.shape == (50_000, 3, 32, 32)
@@ -92,9 +92,7 @@ def test_cifar100_is_the_published_one(cifar_dir: Path) -> None:
     assert dataset.std == pytest.approx((0.2673, 0.2564, 0.2762), abs=1e-4)
 
 
-def test_images_and_labels_stay_together_in_torchvisions_order(
-    tiny_cifar: Path, tmp_path: Path
-) -> None:
+def test_images_and_labels_have_torchvisions_order(tiny_cifar: Path, tmp_path: Path) -> None:
     unpacked(tiny_cifar, tmp_path / "data")
     dataset = load_dataset("cifar100", tmp_path / "data")
     for images, labels, train in (
@@ -169,11 +167,11 @@ def test_download_leaves_the_data_and_nothing_else(
 
 
 @pytest.mark.usefixtures("offline")
-def test_auto_without_data_and_network_takes_digits_and_says_why(tmp_path: Path) -> None:
+def test_auto_without_data_and_network_uses_digits_and_says_why(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     dataset = load_dataset("auto", data_dir)
     assert_digits(dataset)
-    assert dataset.note.startswith(f"CIFAR-100 is neither in {data_dir} nor can it be downloaded (")
+    assert dataset.note.startswith(f"CIFAR-100 is not in {data_dir} and could not be downloaded (")
     assert "Connection refused)" in dataset.note
     assert dataset.note.endswith("handwritten digits instead.")
     assert "\n" not in dataset.note
@@ -181,8 +179,10 @@ def test_auto_without_data_and_network_takes_digits_and_says_why(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("offline")
-def test_cifar100_without_data_and_network_names_folder_and_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither in .*/data nor .* another --data-dir") as caught:
+def test_error_without_data_and_network_names_folder_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"not in .*/data and could not .* change --data-dir"
+    ) as caught:
         load_dataset("cifar100", tmp_path / "data")
     assert "\n" not in str(caught.value)
 
@@ -194,7 +194,9 @@ def test_a_damaged_download_is_not_kept(tiny_cifar: Path, tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"server"}
 
 
-def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_times_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "NETWORK_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -205,36 +207,36 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @BOTH_CHOICES
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
-def test_damaged_file_is_named_and_left_alone(
+def test_error_names_a_damaged_file_which_is_not_deleted(
     tiny_cifar: Path, tmp_path: Path, choice: str, name: str
 ) -> None:
     damaged = unpacked(tiny_cifar, tmp_path / "data") / name
     damaged.write_bytes(b"not CIFAR")
-    with pytest.raises(UserError, match=rf"/{name} is damaged, .*: delete .* or give another"):
+    with pytest.raises(UserError, match=rf"/{name} is damaged, .*: delete .* or change"):
         load_dataset(choice, tmp_path / "data")
     assert damaged.read_bytes() == b"not CIFAR"
 
 
 @BOTH_CHOICES
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
-def test_missing_file_is_named_and_not_downloaded(
+def test_error_names_a_missing_file_which_is_not_downloaded(
     tiny_cifar: Path, tmp_path: Path, choice: str, name: str
 ) -> None:
     missing = unpacked(tiny_cifar, tmp_path / "data") / name
     missing.unlink()
-    tiny_cifar.unlink()  # With a download tried, "auto" would end with digits.
-    with pytest.raises(UserError, match=rf"incomplete, .*/{name} is missing: delete .* or give"):
+    tiny_cifar.unlink()  # If "auto" tried to download, it would fall back to digits.
+    with pytest.raises(UserError, match=rf"incomplete, .*/{name} is missing: delete .* or change"):
         load_dataset(choice, tmp_path / "data")
     assert not missing.exists()
 
 
 @BOTH_CHOICES
-def test_unreadable_file_is_told_in_one_line(
+def test_error_names_the_folder_of_an_unreadable_file(
     tiny_cifar: Path, tmp_path: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = unpacked(tiny_cifar, tmp_path / "data")
 
-    # Not chmod: the superuser may read every file.
+    # chmod would not stop root from reading the file.
     def refuse(path: Path, _md5: str) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -244,15 +246,15 @@ def test_unreadable_file_is_told_in_one_line(
 
 
 @BOTH_CHOICES
-@pytest.mark.parametrize("below", ["", "deeper/still"])
-def test_a_file_as_data_folder_is_refused(tmp_path: Path, choice: str, below: str) -> None:
+@pytest.mark.parametrize("below", ["", "one/two"])
+def test_error_names_a_data_folder_that_is_a_file(tmp_path: Path, choice: str, below: str) -> None:
     file = tmp_path / "data"
     file.write_text("mine")
-    with pytest.raises(UserError, match=f"{file} is not a folder: give a folder as --data-dir"):
+    with pytest.raises(UserError, match=f"{file} is not a folder: set --data-dir to a folder"):
         load_dataset(choice, file / below)
 
 
-def test_a_run_that_finished_its_download_first_is_not_overwritten(
+def test_download_does_not_overwrite_that_of_another_run(
     tiny_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir = tmp_path / "data"

@@ -44,7 +44,7 @@ def images(in_channels: int, image_size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("in_channels", "image_size"), [(3, 32), (1, 8)])
-def test_logits_have_their_shape_and_reach_every_parameter(
+def test_logits_have_the_right_shape_and_depend_on_every_parameter(
     name: str, norm: str, in_channels: int, image_size: int
 ) -> None:
     model = build(name, norm=norm, in_channels=in_channels, num_classes=7, image_size=image_size)
@@ -59,7 +59,7 @@ def test_logits_have_their_shape_and_reach_every_parameter(
 @pytest.mark.parametrize(
     ("image_size", "sizes"), [(32, [16, 8, 4, 4]), (8, [8, 4, 2, 2])], ids=["cifar", "digits"]
 )
-def test_conv_net_halves_the_image_where_planned(image_size: int, sizes: list[int]) -> None:
+def test_conv_net_halves_the_image_at_the_right_layers(image_size: int, sizes: list[int]) -> None:
     model = build("conv", width=2, image_size=image_size)
     seen: list[tuple[int, ...]] = []
     for module in model.modules():
@@ -70,8 +70,8 @@ def test_conv_net_halves_the_image_where_planned(image_size: int, sizes: list[in
 
 
 def test_resnet20_has_the_published_size() -> None:
-    # 269,722 with parameter-free shortcuts (He et al., 2016: 0.27 M); the two projected shortcuts
-    # add their 1x1 kernels and the scale and shift of their norms.
+    # 269,722 with parameter-free shortcuts (He et al., 2016: 0.27 M). The two projections add their
+    # 1x1 kernels and the scale and shift of their norms.
     projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
     assert num_parameters(build("resnet20")) == 269_722 + projections
 
@@ -102,7 +102,7 @@ def test_mlp_has_three_hidden_layers() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("norm", NORMS)
-def test_only_layers_before_batch_norm_go_without_bias(name: str, norm: str) -> None:
+def test_only_layers_before_batch_norm_have_no_bias(name: str, norm: str) -> None:
     model = build(name, norm=norm)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     *hidden, logits = layers
@@ -127,7 +127,7 @@ def test_channel_layer_norm_is_layer_norm_at_each_position() -> None:
 
 
 @pytest.mark.parametrize(("width", "groups"), [(32, 8), (12, 6), (7, 7), (11, 1), (1, 1)])
-def test_group_norm_takes_the_largest_divisor_up_to_8(width: int, groups: int) -> None:
+def test_number_of_groups_is_the_largest_divisor_up_to_8(width: int, groups: int) -> None:
     norms = [
         m for m in build("mlp", width=width, norm="group").modules() if type(m) is nn.GroupNorm
     ]
@@ -135,7 +135,7 @@ def test_group_norm_takes_the_largest_divisor_up_to_8(width: int, groups: int) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_seed_alone_decides(name: str) -> None:
+def test_only_the_seed_determines_the_parameters(name: str) -> None:
     torch.manual_seed(5)
     first = build(name, seed=1)
     torch.manual_seed(6)
@@ -146,7 +146,7 @@ def test_the_seed_alone_decides(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_global_random_state_is_left_alone(name: str) -> None:
+def test_global_random_state_does_not_change(name: str) -> None:
     before = torch.get_rng_state()
     build(name, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -163,18 +163,18 @@ def test_default_widths() -> None:
     assert [default_width(name) for name in NAMES] == [32, 1, 512]
 
 
-def test_unknown_model_is_named_with_the_known_ones() -> None:
+def test_error_for_an_unknown_model_lists_the_known_ones() -> None:
     for call in (build, default_width):
         with pytest.raises(UserError, match="model 'vgg': use one of conv, resnet20, mlp"):
             call("vgg")
 
 
-def test_unknown_norm_is_named_with_the_known_ones() -> None:
+def test_error_for_an_unknown_norm_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="norm 'rms': use one of batch, layer, group, none"):
         build("conv", norm="rms")
 
 
 @pytest.mark.parametrize("width", [0, -4])
-def test_width_below_1_is_refused(width: int) -> None:
-    with pytest.raises(UserError, match=f"width {width} is below 1: .*; conv has 32"):
+def test_width_below_1_is_an_error(width: int) -> None:
+    with pytest.raises(UserError, match=f"width {width} is below 1: .* default of conv is 32"):
         build("conv", width=width)

@@ -1,4 +1,4 @@
-"""Laws of the client splits: every image to one client, by the rule that the user named."""
+"""Laws of the client splits: each image goes to one client, as the rule says."""
 
 import re
 from contextlib import suppress
@@ -42,7 +42,7 @@ def test_each_image_goes_to_exactly_one_client(
     try:
         parts = split_indices(array, split, num_clients, 7, np.random.default_rng(seed))
     except UserError:
-        # Few images and a small ALPHA may leave a client with nothing.
+        # With few images and a small ALPHA, a client may get none.
         assume(False)
     assert len(parts) == num_clients
     assert all(len(part) > 0 for part in parts)
@@ -51,21 +51,21 @@ def test_each_image_goes_to_exactly_one_client(
 
 @pytest.mark.parametrize("split", ["iid", "20-80", "50-50", "dirichlet:0.5"])
 @pytest.mark.parametrize("num_clients", [2, 3, 5, 10])
-def test_balanced_images_are_all_dealt_out(split: str, num_clients: int) -> None:
+def test_all_images_are_divided(split: str, num_clients: int) -> None:
     parts = split_balanced(split, num_clients)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(BALANCED_LABELS)))
     assert all(np.all(np.diff(part) > 0) for part in parts)
 
 
 @pytest.mark.parametrize("split", ["iid", "20-80", "dirichlet:0.5"])
-def test_the_seed_alone_decides(split: str) -> None:
+def test_only_the_seed_determines_the_split(split: str) -> None:
     first, again, other = (split_balanced(split, seed=seed)[0] for seed in (3, 3, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 @pytest.mark.parametrize(("split", "percent"), [("20-80", 20), ("20/80", 20), ("70-30", 70)])
-def test_two_sites_hold_the_percentages(split: str, percent: int) -> None:
+def test_two_clients_have_the_percentages(split: str, percent: int) -> None:
     first, second = (class_counts(part) for part in split_balanced(split))
     assert first[:5].sum() == 10 * percent
     assert first[5:].sum() == 10 * (100 - percent)
@@ -78,7 +78,7 @@ def test_slash_is_a_synonym() -> None:
         assert np.array_equal(dash, slash)
 
 
-def test_more_clients_share_the_two_sites_alternately() -> None:
+def test_even_and_odd_clients_share_the_parts_of_two_clients() -> None:
     parts = [class_counts(part) for part in split_balanced("20-80", 5)]
     sizes = [int(part.sum()) for part in parts]
     assert sum(sizes[0::2]) == sum(sizes[1::2]) == 1000
@@ -115,14 +115,14 @@ def test_iid_parts_are_equal_and_mixed(num_clients: int) -> None:
 
 @pytest.mark.parametrize(
     ("alpha", "expected"),
-    # The largest of 4 shares: a quarter in the limit of large ALPHA, everything in the limit of
-    # small ALPHA, and for ALPHA = 1, the uniform distribution, (1 + 1/2 + 1/3 + 1/4) / 4.
+    # The expected largest of 4 shares: 1/4 for large ALPHA, 1 for small ALPHA, and
+    # (1 + 1/2 + 1/3 + 1/4) / 4 for ALPHA = 1, the uniform distribution.
     [("1000000", 0.25), ("1", 0.5208), ("0.001", 1.0)],
 )
 def test_alpha_sets_how_evenly_a_class_is_shared(alpha: str, expected: float) -> None:
     largest_shares = []
     for seed in range(40):
-        with suppress(UserError):  # A small ALPHA may leave a client without images.
+        with suppress(UserError):  # With a small ALPHA, a client may get no images.
             parts = split_balanced(f"dirichlet:{alpha}", 4, seed)
             counts = np.array([class_counts(part) for part in parts])
             largest_shares.append(counts.max(axis=0).mean() / 200)
@@ -142,61 +142,61 @@ def test_alpha_sets_how_evenly_a_class_is_shared(alpha: str, expected: float) ->
         ("dirichlet:1e-3", Split("dirichlet", 0.001)),
     ],
 )
-def test_rules_are_read(text: str, split: Split) -> None:
+def test_rules_are_parsed(text: str, split: Split) -> None:
     assert parse_split(text) == split
 
 
 @pytest.mark.parametrize(
     "split", ["", "IID", "20:80", "-20-120", "1000-20", "20-80-0", "dirichlet"]
 )
-def test_unknown_split_is_named_with_the_known_ones(split: str) -> None:
+def test_error_for_an_unknown_split_lists_the_known_ones(split: str) -> None:
     words = f"unknown split {split!r}: use 20-80 .* 50-50 .* iid, dirichlet:ALPHA or all"
     with pytest.raises(UserError, match=words):
         parse_split(split)
 
 
 def test_percentages_must_add_up() -> None:
-    with pytest.raises(UserError, match="'20-70' adds up to 90, not to 100: use 20-80"):
+    with pytest.raises(UserError, match="'20-70' adds up to 90, not 100: use, for example, 20-80"):
         parse_split("20-70")
 
 
 @pytest.mark.parametrize("split", ["0-100", "100/0"])
-def test_percentage_without_a_common_class_points_to_50_50(split: str) -> None:
-    with pytest.raises(UserError, match=f"{split!r}: for clients without .* use 50-50"):
+def test_error_for_0_percent_suggests_50_50(split: str) -> None:
+    with pytest.raises(UserError, match=f"{split!r}: use 50-50 for clients without"):
         parse_split(split)
 
 
 @pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf", "1e7", "", "much"])
-def test_bad_alpha_is_named(alpha: str) -> None:
-    words = re.escape(f"'dirichlet:{alpha}': ALPHA must be a number above 0 and at most 1e+06")
+def test_error_names_an_invalid_alpha(alpha: str) -> None:
+    words = re.escape(f"'dirichlet:{alpha}': ALPHA must be above 0 and at most 1e+06")
     with pytest.raises(UserError, match=words):
         parse_split(f"dirichlet:{alpha}")
 
 
 @pytest.mark.parametrize("num_clients", [1, 0, -3])
-def test_fewer_than_two_clients_are_refused(num_clients: int) -> None:
+def test_fewer_than_two_clients_is_an_error(num_clients: int) -> None:
     with pytest.raises(UserError, match=rf"{num_clients} client.*: use at least 2"):
         split_balanced("iid", num_clients)
 
 
-def test_more_clients_than_images_are_refused() -> None:
+def test_more_clients_than_images_is_an_error() -> None:
     with pytest.raises(UserError, match=r"2001 clients .* 2000 images: use fewer clients"):
         split_balanced("iid", 2001)
 
 
-def test_more_clients_than_classes_are_refused_where_no_class_is_shared() -> None:
+def test_more_clients_than_classes_is_an_error_without_shared_classes() -> None:
     with pytest.raises(UserError, match=r"11 clients .* 10 classes: use at most 10 clients"):
         split_balanced("50-50", 11)
 
 
-def test_client_without_images_is_named() -> None:
+def test_error_names_a_client_without_images() -> None:
     words = r"'dirichlet:0.001' leaves client \d+ of 20 without images: .* larger ALPHA"
     with pytest.raises(UserError, match=words):
         split_balanced("dirichlet:0.001", 20)
 
 
 @pytest.mark.parametrize("split", ["iid", "20-80", "50-50", "dirichlet:0.5"])
-def test_accuracy_is_told_for_the_two_halves(split: str) -> None:
+def test_accuracy_is_reported_for_two_halves(split: str) -> None:
     parts = evaluation_parts(split, 100)
     assert list(parts) == ["classes 0-49", "classes 50-99"]
     assert np.array_equal(parts["classes 0-49"], np.arange(50))
@@ -204,6 +204,6 @@ def test_accuracy_is_told_for_the_two_halves(split: str) -> None:
     assert list(evaluation_parts(split, 10)) == ["classes 0-4", "classes 5-9"]
 
 
-def test_accuracy_parts_of_an_unknown_split_are_refused() -> None:
+def test_accuracy_parts_of_an_unknown_split_are_an_error() -> None:
     with pytest.raises(UserError, match="unknown split 'odd'"):
         evaluation_parts("odd", 10)

@@ -1,1 +1,1 @@
-"""A Flower App: scikit-learn's digits, a small MLP, FedAvg of aligned models."""
+"""A Flower App: a small MLP for scikit-learn's digits, trained with FedAvg of aligned models."""

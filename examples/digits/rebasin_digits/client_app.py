@@ -1,4 +1,4 @@
-"""The ClientApp: local training, and one line that answers what the strategy asks."""
+"""The ClientApp: local training, and one call that adds the handlers of the strategy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fit(message: Message, context: Context) -> Message:
 
 
 def _load(context: Context) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """Return a model of the architecture and the local images in batches."""
+    """Return a model of the architecture and batches of the local images."""
     parts = (torch.split(tensor, STATISTICS_BATCH) for tensor in _local_examples(context))
     return _model(context), list(zip(*parts, strict=True))
 

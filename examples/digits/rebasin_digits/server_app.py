@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fl_rebasin import ReBasinStrategy
+from fl_rebasin.flower import ReBasinStrategy
 from rebasin_digits.task import PIXELS, build_model, evaluate, test_part
 
 app = ServerApp()
@@ -20,7 +20,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run all rounds; write `metrics.json` if the configuration says where."""
+    """Run all rounds; write `metrics.json` if `out` is set."""
     config: dict[str, Any] = dict(context.run_config)
     torch.manual_seed(config["seed"])
     model = build_model(config["hidden-units"])
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def write_metrics(folder: Path, result: Result) -> None:
-    """Write the metrics of all rounds to `metrics.json`, whole or not at all."""
+    """Write the metrics of all rounds to `metrics.json`, completely or not at all."""
     metrics = {
         "evaluate": {n: dict(record) for n, record in result.evaluate_metrics_serverapp.items()},
         "train": {n: dict(record) for n, record in result.train_metrics_clientapp.items()},

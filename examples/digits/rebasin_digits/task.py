@@ -1,4 +1,4 @@
-"""The task, without Flower: the data and who has which, the model, training and evaluation."""
+"""The task without Flower: data, partitions, model, training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional
 PIXELS = 64
 CLASSES = 10
 TEST_IMAGES = 397
-"""Of 1,797; the server evaluates on them, and no client has them."""
+"""Out of 1,797; the server evaluates on these images, and no client trains on them."""
 
 Examples = tuple[Tensor, Tensor]
-"""Images, float32 in [0, 1], shape (N, 64); labels, int64, shape (N,)."""
+"""Images (float32 in [0, 1], shape (N, 64)) and labels (int64, shape (N,))."""
 
 
 def build_model(hidden_units: int) -> nn.Module:
-    """Return the MLP with random weights."""
+    """Return an MLP with random weights."""
     return nn.Sequential(
         nn.Linear(PIXELS, hidden_units),
         nn.BatchNorm1d(hidden_units),
@@ -36,16 +36,16 @@ def _shuffled(seed: int) -> Examples:
 
 
 def test_part(seed: int) -> Examples:
-    """Return the images that no client has."""
+    """Return the test images, which no client has."""
     images, labels = _shuffled(seed)
     return images[:TEST_IMAGES], labels[:TEST_IMAGES]
 
 
 def train_part(partition: int, partitions: int, seed: int) -> Examples:
-    """Return a client's images: every n-th of the shuffled ones, so that all parts are alike.
+    """Return a client's images: every n-th of the shuffled images, which makes the parts IID.
 
     Raises:
-        ValueError: there is no such partition.
+        ValueError: The partition does not exist.
     """
     if not 0 <= partition < partitions:
         raise ValueError(f"partition-id must be 0 to {partitions - 1}, got {partition}")
@@ -85,7 +85,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, examples: Examples) -> dict[str, float]:
-    """Return loss, in nats, and accuracy."""
+    """Return the loss in nats and the accuracy."""
     images, labels = examples
     logits = model.eval()(images)
     return {
