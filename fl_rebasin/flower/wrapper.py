@@ -19,6 +19,9 @@ class WrappedStrategy(Strategy):
     Args:
         strategy: any Flower strategy; `FedAvg()` by default.
 
+    Raises:
+        TypeError: `strategy` is not a Flower strategy, for example the class instead of an instance.
+
     Attributes:
         transient: names of the attributes that `configure_train` sets in each round. Checkpoints
             leave them out.
@@ -34,7 +37,12 @@ class WrappedStrategy(Strategy):
     transient: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, strategy: Strategy | None = None) -> None:
-        self.strategy = strategy if strategy is not None else FedAvg()
+        strategy = FedAvg() if strategy is None else strategy
+        if not isinstance(strategy, Strategy):
+            raise TypeError(
+                f"the wrapped strategy is {strategy!r}: give an instance, such as FedAvg()"
+            )
+        self.strategy = strategy
 
     def start(
         self,

@@ -344,7 +344,7 @@ VERDICTS: dict[str, tuple[dict[int, tuple[int, list[float]]], str]] = {
     "vast-on-one": ({1: (1, [1e7, 2.0, 3.0]), 2: (10**9, [1.0, 2.0, 3.0])}, "naive"),
     "each-diverged-once": ({1: (1, [INF, NAN, 3.0]), 2: (9, [1.0, 2.0, INF])}, "aligned"),
     "zero": ({1: (5, [1.0, 0.0, 3.0]), 2: (5, [1.0, 0.0, 3.0])}, "naive"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", VERDICTS)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from zoo import ZOO
 
@@ -209,3 +210,10 @@ def test_a_step_that_does_not_fit_the_model_is_refused_before_any_round() -> Non
 
     with pytest.raises(ValueError, match="picky needs a convolution"):
         made(finish=[Picky()])
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, "FedAvg", 3], ids=str)
+def test_a_wrapped_strategy_that_is_not_an_instance_is_refused(strategy: Any) -> None:
+    words = f"the wrapped strategy is {strategy!r}: give an instance, such as FedAvg()"
+    with pytest.raises(TypeError, match=re.escape(words)):
+        made(strategy=strategy)

@@ -191,6 +191,10 @@ def test_a_model_without_its_prior_has_that_of_everybody_bounded_where_it_saw_no
     own, all_ = torch.tensor([110, 10, 210, 110]) / 440, torch.tensor([120, 120, 220, 420]) / 880
     expected = state["head.bias"].double() + all_.double().log() - own.double().log()
     torch.testing.assert_close(found["head.bias"].double(), expected, rtol=1e-6, atol=1e-6)
-    assert_same({k: v for k, v in found.items() if k != "head.bias"},
-                {k: v for k, v in before.items() if k != "head.bias"}, rtol=0, atol=0)  # fmt: skip
+    assert_same(
+        {k: v for k, v in found.items() if k != "head.bias"},
+        {k: v for k, v in before.items() if k != "head.bias"},
+        rtol=0,
+        atol=0,
+    )
     assert_same(state, before, rtol=0, atol=0)

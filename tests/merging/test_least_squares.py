@@ -89,10 +89,19 @@ def pre_activation() -> nn.Module:
 
 def pooled_norm() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(5), nn.ReLU(),
-        nn.Conv2d(5, 4, 3, padding=2, dilation=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3),
-    )  # fmt: skip
+        nn.Conv2d(2, 5, 3, stride=2, padding=1),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 3, padding=2, dilation=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 6),
+        nn.BatchNorm1d(6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
 
 
 PRE, POOLED = entry_of(pre_activation, 4, 2, 4, 4), entry_of(pooled_norm, 12, 2, 8, 8)
@@ -102,16 +111,42 @@ ONE_MODEL = {
     **{
         name: ZOO[name]
         for name in (
-            "mlp", "conv-batchnorm-flatten", "group-and-layer-norm", "residual-batchnorm",
-            "residual-no-norm", "dense-concat", "depthwise-grouped-transposed", "tied-shared",
-            "attention-separate", "encoder-layer", "lstm-last-step", "lstm-cells", "unet",
-            "squeeze-excitation", "inverted-residual", "resnext", "convnext", "conv-1d", "conv-3d",
-            "conv-transposed-3d-grouped", "instance-norm", "glu-channels", "vgg", "inception",
-            "dcgan-generator", "auxiliary-head", "weight-norm", "spectral-norm", "weight-norm-old",
-            "tabular-batchnorm", "two-uses", "graph-edges-constant", "experts-modules",
+            "mlp",
+            "conv-batchnorm-flatten",
+            "group-and-layer-norm",
+            "residual-batchnorm",
+            "residual-no-norm",
+            "dense-concat",
+            "depthwise-grouped-transposed",
+            "tied-shared",
+            "attention-separate",
+            "encoder-layer",
+            "lstm-last-step",
+            "lstm-cells",
+            "unet",
+            "squeeze-excitation",
+            "inverted-residual",
+            "resnext",
+            "convnext",
+            "conv-1d",
+            "conv-3d",
+            "conv-transposed-3d-grouped",
+            "instance-norm",
+            "glu-channels",
+            "vgg",
+            "inception",
+            "dcgan-generator",
+            "auxiliary-head",
+            "weight-norm",
+            "spectral-norm",
+            "weight-norm-old",
+            "tabular-batchnorm",
+            "two-uses",
+            "graph-edges-constant",
+            "experts-modules",
         )
     },
-}  # fmt: skip
+}
 BOTH = pytest.mark.parametrize(
     "method", [LeastSquares(), RegMean()], ids=lambda method: method.name
 )
@@ -136,9 +171,19 @@ def test_models_that_are_all_alike_keep_their_function(name: str, method: Any) -
 
 @pytest.mark.parametrize(
     "name",
-    ["pre-activation", "pooled-norm", "mlp", "conv-batchnorm-flatten", "residual-batchnorm",
-     "group-and-layer-norm", "encoder-layer", "squeeze-excitation", "conv-1d", "vgg"],
-)  # fmt: skip
+    [
+        "pre-activation",
+        "pooled-norm",
+        "mlp",
+        "conv-batchnorm-flatten",
+        "residual-batchnorm",
+        "group-and-layer-norm",
+        "encoder-layer",
+        "squeeze-excitation",
+        "conv-1d",
+        "vgg",
+    ],
+)
 def test_from_any_start_one_model_gives_its_own_function_on_its_data(name: str) -> None:
     entry = ONE_MODEL[name]
     model, state, other = generic(entry, 1), *(state_of(generic(entry, seed)) for seed in (1, 2))
@@ -153,8 +198,10 @@ def test_from_any_start_one_model_gives_its_own_function_on_its_data(name: str) 
             start[key] = other[key].abs() * state[key].sign()
     found = fit_least_squares(model, start, [state], [batches], LeastSquares(ridge=1e-10))
     assert_same_function(model, found, state, batches, 1e-5)
-    far = [float((a - b).abs().max()) for a, b in zip(
-        *(outputs(model, s, batches[:1]) for s in (start, state)), strict=True)]  # fmt: skip
+    far = [
+        float((a - b).abs().max())
+        for a, b in zip(*(outputs(model, s, batches[:1]) for s in (start, state)), strict=True)
+    ]
     assert max(far) > 0.05
 
 
@@ -226,13 +273,15 @@ LAYERS = {
     "conv-strided": (lambda: nn.Conv2d(2, 4, 3, stride=(2, 1), padding=1), (4, 2, 5, 6)),
     "conv-padded": (lambda: nn.Conv2d(2, 4, (2, 3), padding=(2, 0)), (4, 2, 5, 6)),
     "conv-dilated": (
-        lambda: nn.Conv2d(2, 4, 3, dilation=(1, 2), padding=2, stride=2), (4, 2, 6, 7)
+        lambda: nn.Conv2d(2, 4, 3, dilation=(1, 2), padding=2, stride=2),
+        (4, 2, 6, 7),
     ),
     "conv-1d": (lambda: nn.Conv1d(3, 4, 3), (4, 3, 9)),
     "conv-1d-all": (
-        lambda: nn.Conv1d(3, 4, 3, stride=2, padding=3, dilation=2, bias=False), (4, 3, 9)
+        lambda: nn.Conv1d(3, 4, 3, stride=2, padding=3, dilation=2, bias=False),
+        (4, 3, 9),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("ridge", [RIDGE, 0.3])
@@ -249,9 +298,12 @@ def test_one_layer_is_that_of_numpy(name: str, method: Any, ridge: float) -> Non
     layer = models[0][0]
     with torch.no_grad():
         targets = np.concatenate(
-            [places(m(batch), layer) for m, each in zip(models, data, strict=True)
-             for batch in each]
-        )  # fmt: skip
+            [
+                places(m(batch), layer)
+                for m, each in zip(models, data, strict=True)
+                for batch in each
+            ]
+        )
     inputs = np.concatenate([rows_by_hand(layer, b.numpy()) for each in data for b in each])
     has_bias = "0.bias" in start
     before = [start["0.weight"].flatten(1).T.numpy()]
@@ -441,8 +493,15 @@ def test_norms_are_left_as_training_would_leave_them(name: str, method: Any) -> 
     torch.testing.assert_close(in_training, in_evaluation, rtol=0.02, atol=0.02)
 
 
-REPAIRED = ("pooled-norm", "pre-activation", "residual-batchnorm", "inverted-residual", "conv-3d",
-            "mlp", "dense-concat")  # fmt: skip
+REPAIRED = (
+    "pooled-norm",
+    "pre-activation",
+    "residual-batchnorm",
+    "inverted-residual",
+    "conv-3d",
+    "mlp",
+    "dense-concat",
+)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -497,10 +556,12 @@ def test_one_pass_is_regmean() -> None:
     All layers but the last are then scaled to vary as much as the models' own.
     """
     entry = entry_of(
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(),
-                              nn.Linear(5, 3)),
-        9, 4,
-    )  # fmt: skip
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
+        ),
+        9,
+        4,
+    )
     model, merged, states, data = clients(entry)
     found = fit_least_squares(model, merged, states, data, RegMean())
     for depth in (0, 2, 4):
@@ -696,29 +757,47 @@ PLANS = {
     "used-shape-only": (entry_of(lambda: Used("shape-only"), 3, 4), fits("layer+norm", "head")),
     **{
         f"used-{way}": (
-            entry_of(lambda way=way: Used(way), 3, 4), fits("layer", "~norm+norm", "head")
+            entry_of(lambda way=way: Used(way), 3, 4),
+            fits("layer", "~norm+norm", "head"),
         )
         for way in ("added", "returned", "by-a-layer", "changed-before")
     },
     "grouped-and-transposed": (
         entry_of(
             conv_norm(
-                nn.Conv2d(2, 4, 1, groups=2), nn.BatchNorm2d(4), nn.ReLU(),
-                nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU(),
-                nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(4),
-                nn.Conv2d(4, 4, 3, padding="same"), nn.Dropout(), nn.BatchNorm2d(4), nn.Identity(),
+                nn.Conv2d(2, 4, 1, groups=2),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.ConvTranspose2d(4, 4, 2),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 4, 3, padding="same"),
+                nn.Dropout(),
+                nn.BatchNorm2d(4),
+                nn.Identity(),
             ),
-            2, 2, 4, 4,
+            2,
+            2,
+            4,
+            4,
         ),
         fits("~0+1", "~4+4", "~6+7", "~8+10"),
     ),
     "norms-that-cannot-be-set": (
         entry_of(
             conv_norm(
-                nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.ReLU(), nn.Linear(5, 6),
-                nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 2),
+                nn.Linear(4, 5),
+                nn.BatchNorm1d(5, affine=False),
+                nn.ReLU(),
+                nn.Linear(5, 6),
+                nn.BatchNorm1d(6, track_running_stats=False),
+                nn.ReLU(),
+                nn.Linear(6, 2),
             ),
-            3, 4,
+            3,
+            4,
         ),
         fits("0", "3", "6"),
     ),
@@ -731,12 +810,13 @@ PLANS = {
             lambda: nn.Sequential(
                 nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.BatchNorm1d(5)
             ),
-            3, 4,
+            3,
+            4,
         ),
         fits("~1+1"),
     ),
     "bare": (entry_of(lambda: nn.Linear(4, 2), 3, 4), fits("")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -760,9 +840,10 @@ def test_what_is_left_out_keeps_the_average(name: str, method: Any) -> None:
     found = fit_least_squares(model, merged, states, data, method)
     set_ = {layer for step in steps for layer in (step.layer, step.norm) if layer is not None}
     norms = {
-        key for key, module in model.named_modules(remove_duplicate=False)
+        key
+        for key, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, NORMS)
-    }  # fmt: skip
+    }
     for key, value in merged.items():
         owner = key.rpartition(".")[0]
         if owner not in set_ | norms:
