@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -38,10 +39,11 @@ class Limits:
             raise ValueError(f"min_replies must be an integer, got {self.min_replies!r}")
         if self.min_replies < 1:
             raise ValueError(f"min_replies must be at least 1, got {self.min_replies}")
-        if not 0 < self.max_examples < float("inf"):
-            raise ValueError(f"max_examples must be positive and finite, got {self.max_examples}")
-        if self.max_update_norm is not None and not self.max_update_norm > 0:
-            raise ValueError(f"max_update_norm must be positive, got {self.max_update_norm}")
+        examples, norm = self.max_examples, self.max_update_norm
+        if not isinstance(examples, Real) or not 0 < examples < float("inf"):
+            raise ValueError(f"max_examples must be positive and finite, got {examples!r}")
+        if norm is not None and (not isinstance(norm, Real) or not norm > 0):
+            raise ValueError(f"max_update_norm must be positive, or None, got {norm!r}")
 
 
 def update_norm(

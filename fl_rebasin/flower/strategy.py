@@ -28,7 +28,7 @@ from fl_rebasin.flower.replies import (
 )
 from fl_rebasin.flower.round import Round
 from fl_rebasin.flower.round_clients import RoundClients
-from fl_rebasin.flower.streaming import sum_one_by_one, takes_only_the_mean
+from fl_rebasin.flower.streaming import needs_only_the_mean, sum_one_by_one
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs, total_costs
@@ -103,8 +103,9 @@ class ReBasinStrategy(WrappedStrategy):
         _check_kind("align", align, "WeightMatching()", hasattr(align, "align") or align is None)
         _check_kind("guard", guard, "Guard()", isinstance(guard, Guard) or guard is None)
         _check_kind("limits", limits, "Limits(min_replies=2)", isinstance(limits, Limits))
-        if not isinstance(finish, Sequence):
+        if isinstance(finish, str) or not isinstance(finish, Sequence):
             raise TypeError(f"finish is {finish!r}: give a list of steps, such as [BatchNorm()]")
+        self.model = model
         self.align = align
         self.finish = tuple(finish)
         self.guard = guard
@@ -129,7 +130,7 @@ class ReBasinStrategy(WrappedStrategy):
             and self.align.one_by_one
             and self.guard is None
             and not self._finishing.needs_models
-            and takes_only_the_mean(self.strategy)
+            and needs_only_the_mean(self.strategy)
         )
 
     @property

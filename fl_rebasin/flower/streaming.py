@@ -1,4 +1,4 @@
-"""Replies one at a time: a sum instead of all models."""
+"""Aggregates replies one at a time: keeps a running sum instead of all models."""
 
 from __future__ import annotations
 
@@ -28,22 +28,27 @@ from fl_rebasin.flower.round import Round
 from fl_rebasin.state_dicts import StateDict
 from fl_rebasin.symmetry.spec import Permutation
 
-MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+MEAN_STRATEGIES = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+"""Flower's strategies that compute their result from the weighted mean of the replies alone."""
 
 
-def takes_only_the_mean(strategy: Strategy) -> bool:
-    """Whether a strategy makes of replies what it makes of their weighted mean.
+def needs_only_the_mean(strategy: Strategy) -> bool:
+    """Return whether a strategy needs only the weighted mean of the replies.
 
-    A subclass of these may look at each reply, and so may an aggregation of metrics of its own.
+    Subclasses do not qualify, and neither do strategies with their own aggregation of metrics:
+    both may look at each reply.
     """
     return (
-        type(strategy) in MEANS
+        type(strategy) in MEAN_STRATEGIES
         and cast(FedAvg, strategy).train_metrics_aggr_fn is aggregate_metricrecords
     )
 
 
 class RunningMean:
-    """The weighted mean of the models that were added, in float64.
+    """The weighted mean of the models added so far, in float64.
+
+    `mean = sum_i weight_i model_i / sum_i weight_i`, McMahan et al., Communication-Efficient
+    Learning of Deep Networks from Decentralized Data (AISTATS 2017), Algorithm 1.
 
     Args:
         arrays: the global model, for keys and dtypes.
@@ -60,11 +65,11 @@ class RunningMean:
 
     @property
     def count(self) -> int:
-        """How many models were added."""
+        """Number of models added."""
         return len(self.replies)
 
     def add(self, client: ClientModel, model: StateDict) -> None:
-        """Add a client's model; of its reply only the metrics are kept."""
+        """Add a client's model, and keep only the metrics of its reply."""
         for key, value in model.items():
             part = client.weight * value.double().numpy()
             self._sums[key] = self._sums[key] + part if key in self._sums else part
@@ -72,7 +77,7 @@ class RunningMean:
         self.replies[client.node] = client.reply
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
-        """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
+        """Return one reply with the mean, and the metrics that a strategy aggregates from all."""
         assert isinstance(strategy, FedAvg)
         replies = list(self.replies.values())
         usual = have_usual_records(replies)
@@ -81,10 +86,10 @@ class RunningMean:
         record = ArrayRecord()
         for key, like in self._arrays.items():
             mean = self._sums.pop(key) / self._weight
-            # Integers stay fractions, as in FedAvg; who takes the result rounds them.
+            # The means of integers stay fractions, as in FedAvg; `like_global` rounds the result.
             exact = np.dtype(like.dtype).kind != "f"
             record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
-        # Of the client whose message this was nothing else goes in.
+        # Only the metadata of this client's message is used.
         reply = copy.copy(replies[-1])
         reply.content = RecordDict(
             {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}

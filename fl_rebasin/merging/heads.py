@@ -150,9 +150,9 @@ def class_aware_head(
     return like(merged, new)
 
 
-def check_metric_name(label_counts: str | None) -> None:
-    """Raise `ValueError` unless an option can be the name of a metric, or is None."""
-    if label_counts is not None and (not isinstance(label_counts, str) or not label_counts):
+def check_metric_name(label_counts: str) -> None:
+    """Raise `ValueError` unless an option can be the name of a metric."""
+    if not isinstance(label_counts, str) or not label_counts:
         raise ValueError(
             f"label_counts is {label_counts!r}: give the name of the metric that lists a client's "
             "training examples of each class"

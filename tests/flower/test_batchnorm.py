@@ -1,97 +1,102 @@
-"""Laws of the BatchNorm query: exact pooling over real ClientApps, whatever single ones answer."""
+"""BatchNorm statistics over clients: pooled exactly, whatever a single client answers."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from federation import Answer, Federation, dropped, failing, prepare, tensors
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MetricRecord,
-    RecordDict,
+from batchnorm_inputs import batchnorm_inputs
+from federation import (
+    ODD_NODE,
+    Answer,
+    Federation,
+    Net,
+    as_mock,
+    changing,
+    client,
+    dropped,
+    entry_of,
+    failing,
+    federation,
+    put,
+    put_payload,
+    strategy_for,
+    tensors,
+    vast,
 )
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from helpers import State, assert_same, lively, random_state, state_of
+from helpers import State, assert_same, generic, named_spec, random_state, state_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import ZOO, Entry
 
-from fl_rebasin import derive_spec
-from fl_rebasin.flower import (
-    BatchNormRecalibration,
-    ReBasinStrategy,
-    add_batchnorm_handler,
-    recalibrate_on_clients,
-)
+from fl_rebasin.flower import BatchNorm, ReBasinStrategy, add_rebasin_handlers
+from fl_rebasin.flower.questions import TIMEOUT
+from fl_rebasin.flower.round_clients import RoundClients
+from fl_rebasin.merging.batchnorm import MAX_MEAN, MAX_VARIANCE
+from fl_rebasin.merging.finishing_step import Finished
 
 BARE = Entry(lambda: nn.BatchNorm1d(3), lambda: torch.zeros(2, 3), ())
-NETS = {
+NETS: dict[str, Net] = {
     "itself-a-batchnorm": BARE,
-    "conv-batchnorm-flatten": ZOO["conv-batchnorm-flatten"],
-    "residual-batchnorm": ZOO["residual-batchnorm"],
+    "conv-batchnorm-flatten": "conv-batchnorm-flatten",
+    "residual-batchnorm": "residual-batchnorm",
 }
-NET = NETS["conv-batchnorm-flatten"]
+NET = "conv-batchnorm-flatten"
 STATISTICS = ("running_mean", "running_var")
+SIZES = {1: [5], 2: [11], 3: [3, 2, 9]}
+NODES = list(SIZES)
 
 
-@pytest.fixture(autouse=True)
-def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    prepare(monkeypatch, caplog)
+def double(net: Net) -> Entry:
+    """The same model in float64."""
+    entry = entry_of(net)
+    return Entry(lambda: entry.build().double(), lambda: entry.inputs().double(), entry.groups)
 
 
-def data(entry: Entry, sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """Batches that differ in mean and scale, so that no client's statistics are another's."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = entry.inputs().shape[1:]
-    return [
-        torch.randn(size, *shape, generator=generator, dtype=torch.float64) * (seed + 1) + seed
-        for size in sizes
-    ]
+def client_data(net: Net, dtype: torch.dtype = torch.float64) -> dict[int, list[Tensor]]:
+    """Batches that differ in mean and scale from client to client, and so in their statistics."""
+    shape = entry_of(net).inputs().shape[1:]
+    data = {}
+    for seed, (node, sizes) in enumerate(SIZES.items()):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [
+            torch.randn(size, *shape, generator=generator, dtype=torch.float64) for size in sizes
+        ]
+        data[node] = [(batch * (seed + 1) + seed).to(dtype) for batch in drawn]
+    return data
 
 
-SIZES = ([5], [11], [3, 2, 9])
+def joint(data: Mapping[int, Iterable[Tensor]], nodes: Iterable[int] = NODES) -> list[Tensor]:
+    """The batches of several clients."""
+    return [batch for node in nodes for batch in data[node]]
 
 
-def client_data(entry: Entry, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
-    return [
-        [batch.to(dtype) for batch in data(entry, sizes, seed)] for seed, sizes in enumerate(SIZES)
-    ]
+def honest(net: Net = NET) -> Federation:
+    return federation(double(net), client_data(net))
 
 
-def answering(
-    build: Callable[[], nn.Module], batches: Iterable[object], trained: State | None = None
-) -> ClientApp:
-    """A client that answers the query, and trains to a given model with 10 examples."""
-    app = ClientApp()
-    add_batchnorm_handler(app, lambda context: (build(), batches))
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        assert trained is not None
-        metrics = MetricRecord({"num-examples": 10, "loss": 0.25})
-        return Message(
-            RecordDict({"arrays": ArrayRecord(trained), "metrics": metrics}), reply_to=message
-        )
-
-    return app
+def recalibrated(
+    net: Net, state: State, world: Federation, nodes: Sequence[int] = NODES
+) -> Finished:
+    """Run the step on one model, outside a round."""
+    entry = entry_of(net)
+    finish = BatchNorm().bind(entry.build(), entry.inputs())
+    assert finish is not None
+    replies = {node: Mock(spec=Message) for node in nodes}
+    return finish(state, RoundClients(world.grid, replies))
 
 
-def federation(entry: Entry, batches: Sequence[Sequence[Tensor]]) -> Federation:
-    apps = [answering(lambda: entry.build().double(), each) for each in batches]
-    return Federation(dict(enumerate(apps, start=1)))
+def answered(result: Finished) -> int:
+    return result.costs["batchnorm"].clients
 
 
 def statistics_keys(model: nn.Module) -> list[str]:
@@ -99,36 +104,26 @@ def statistics_keys(model: nn.Module) -> list[str]:
 
 
 def seen_statistics(model: nn.Module, batches: Iterable[Tensor]) -> State:
-    """Mean and unbiased variance of all that each BatchNorm layer is fed, taken directly."""
-    model = copy.deepcopy(model).eval()
-    fed: dict[str, list[Tensor]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm):
-            layer.train()
-            layer.register_forward_pre_hook(
-                lambda _, args, name=name: fed.setdefault(name, []).append(args[0].double())
-            )
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
+    """Mean and unbiased variance of all inputs of each BatchNorm layer, computed directly."""
     found = {}
-    for name, inputs in fed.items():
-        values = torch.cat([part.movedim(1, -1).reshape(-1, part.shape[1]) for part in inputs])
+    for name, values in batchnorm_inputs(model, batches).items():
         prefix = f"{name}." if name else ""
         found[f"{prefix}running_mean"] = values.mean(0)
         found[f"{prefix}running_var"] = values.var(0, correction=1)
     return found
 
 
-def assert_statistics(arrays: ArrayRecord, model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """These arrays are the model's, but for the statistics, which are those of the batches."""
+def assert_statistics(
+    state: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Tensor]
+) -> None:
+    """The state is the model's, except for the statistics, which are those of the batches."""
     expected = state_of(model) | {
         key: value.to(model.state_dict()[key].dtype)
         for key, value in seen_statistics(model, batches).items()
     }
-    wide = next(model.parameters()).dtype == torch.float64
-    tolerance = 1e-11 if wide else 2e-5
-    assert_same(tensors(arrays), expected, rtol=tolerance, atol=tolerance)
+    in_double = next(model.parameters()).dtype == torch.float64
+    tolerance = 1e-11 if in_double else 2e-5
+    assert_same(state, expected, rtol=tolerance, atol=tolerance)
 
 
 # Exact pooling
@@ -136,189 +131,194 @@ def assert_statistics(arrays: ArrayRecord, model: nn.Module, batches: Iterable[T
 
 @pytest.mark.parametrize("name", NETS)
 def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
-    entry = NETS[name]
-    model, batches = lively(entry, 0), client_data(entry)
-    arrays = ArrayRecord(state_of(model))
-    before = copy.deepcopy(arrays)
-    world = federation(entry, batches)
-    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], entry.build(), arrays)
+    net = NETS[name]
+    model, data = generic(entry_of(net), 0), client_data(net)
+    state = state_of(model)
+    before = copy.deepcopy(state)
+    world = federation(double(net), data)
+    result = recalibrated(net, state, world)
 
-    assert_statistics(result, model, [batch for each in batches for batch in each])
-    for key in arrays:
-        changed = result[key] != arrays[key]
+    assert_statistics(result.state_dict, model, joint(data))
+    for key, value in state.items():
+        changed = not torch.equal(result.state_dict[key], value)
         assert changed == (key in statistics_keys(model)), key
-    assert arrays == before
-    assert metrics["batchnorm-clients"] == 3
-    assert set(metrics) == {"batchnorm-clients", "batchnorm-seconds", "batchnorm-bytes"}
-    assert metrics["batchnorm-bytes"] == world.bytes_of("batchnorm") > 0
-    assert metrics["batchnorm-seconds"] > 0
+    assert_same(state, before, rtol=0, atol=0)
+    assert result.applied
+    assert result.report == "BatchNorm statistics pooled from 3 of 3 clients"
+    (cost,) = result.costs.values()
+    assert list(result.costs) == ["batchnorm"]
+    assert cost.clients == 3
+    assert cost.messages == 1
+    assert cost.bytes == world.bytes_of("batchnorm") > 0
+    assert cost.seconds > 0
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_first_layer_has_what_one_training_step_on_the_joint_batch_gives(name: str) -> None:
-    entry = NETS[name]
-    model, (left, right, _) = lively(entry, 0), client_data(entry)
-    world = federation(entry, [left, right])
-    arrays = ArrayRecord(state_of(model))
-    result, _ = recalibrate_on_clients(world.grid, [1, 2], entry.build(), arrays)
+def test_the_first_layer_gets_what_a_training_step_on_the_joint_batch_gives(name: str) -> None:
+    net = NETS[name]
+    model, data = generic(entry_of(net), 0), client_data(net)
+    result = recalibrated(net, state_of(model), honest(net), nodes=[1, 2])
 
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.momentum = 1.0
-    model.train()(torch.cat([*left, *right]))
+    model.train()(torch.cat([*data[1], *data[2]]))
     for key in statistics_keys(model)[:2]:
         torch.testing.assert_close(
-            tensors(result)[key], model.state_dict()[key], rtol=1e-11, atol=1e-11
+            result.state_dict[key], model.state_dict()[key], rtol=1e-11, atol=1e-11
         )
 
 
-def test_labels_are_passed_over() -> None:
-    model, batches = lively(NET, 0), client_data(NET)
-    arrays = ArrayRecord(state_of(model))
-    labelled = [
-        (batches[0][0], torch.zeros(5)),
-        [batches[1][0], "anything"],
-    ]
-    app = answering(lambda: NET.build().double(), labelled)
-    result, _ = recalibrate_on_clients(Federation({1: app}).grid, [1], NET.build(), arrays)
-    assert_statistics(result, model, [batches[0][0], batches[1][0]])
+def test_labels_are_ignored() -> None:
+    model, data = generic(ZOO[NET], 0), client_data(NET)
+    labelled = [(data[1][0], torch.zeros(5)), [data[2][0], "anything"]]
+    world = federation(double(NET), {1: labelled})
+    result = recalibrated(NET, state_of(model), world, nodes=[1])
+    assert_statistics(result.state_dict, model, joint(data, [1, 2]))
 
 
-def test_only_the_nodes_named_are_asked_and_the_timeout_is_kept() -> None:
-    model = lively(NET, 0)
-    world = federation(NET, client_data(NET))
-    arrays = ArrayRecord(state_of(model))
-    result, _ = recalibrate_on_clients(world.grid, [1, 3], NET.build(), arrays, timeout=17)
+def test_only_the_given_nodes_are_asked() -> None:
+    model, world = generic(ZOO[NET], 0), honest()
+    result = recalibrated(NET, state_of(model), world, nodes=[1, 3])
     assert world.asked("batchnorm") == [1, 3]
-    assert world.grid.send_and_receive.call_args.kwargs == {"timeout": 17}
-    batches = client_data(NET)
-    assert_statistics(result, model, [*batches[0], *batches[2]])
+    assert world.grid.send_and_receive.call_args.kwargs == {"timeout": TIMEOUT}
+    assert_statistics(result.state_dict, model, joint(client_data(NET), [1, 3]))
 
 
-# Answers that are no good
+# Invalid answers
 
 
-def answer_with(change: Callable[[RecordDict], object]) -> Answer:
-    """A client that changes its good answer before it leaves."""
-    app = answering(lambda: NET.build().double(), client_data(NET)[2])
-
-    def tampered(message: Message, context: Context) -> Message:
-        reply = app(message, context)
-        change(reply.content)
-        return reply
-
-    return tampered
+def changed(change: Callable[[RecordDict], object]) -> Answer:
+    """A client that changes its valid answer before sending it."""
+    app = client(double(NET).build, client_data(NET)[3])
+    return changing(app, "batchnorm", change)
 
 
-def tampered(key: str, values: object) -> Answer:
-    def change(content: RecordDict) -> None:
-        content.array_records["statistics"][key] = Array(np.asarray(values))
+def replaced(key: str, values: object) -> Answer:
+    return changed(lambda content: put(content, "answer", key, np.asarray(values)))
 
-    return answer_with(change)
+
+def payload(data: bytes) -> Answer:
+    return changed(lambda content: put_payload(content, "answer", "2.mean", data))
 
 
 def without(key: str) -> Answer:
-    return answer_with(lambda content: content.array_records["statistics"].pop(key))
+    return changed(lambda content: content.array_records["answer"].pop(key))
 
 
-def with_garbage(content: RecordDict) -> None:
-    old = content.array_records["statistics"]["2.mean"]
-    content.array_records["statistics"]["2.mean"] = Array(
-        dtype=old.dtype, shape=old.shape, stype=old.stype, data=b"garbage"
-    )
+def renamed(content: RecordDict) -> None:
+    record = content.array_records["answer"]
+    content["answer"] = ArrayRecord({f"other.{key}": array for key, array in record.items()})
 
 
-def renamed(content: RecordDict) -> ArrayRecord:
-    record = content.array_records["statistics"]
-    return ArrayRecord({f"other.{key}": array for key, array in record.items()})
+def on_data(net: Net, batches: Iterable[Tensor]) -> Answer:
+    return client(double(net).build, batches)
 
 
-GOOD_MEAN, GOOD_VARIANCE = np.zeros(6), np.ones(6)
+MEAN, VARIANCE = np.zeros(6), np.ones(6)
 
 BAD: dict[str, tuple[Answer, str]] = {
     "no-handler": (ClientApp(), "No query function registered with name 'rebasin_batchnorm'"),
     "error": (failing, r"disk is full \(a ClientApp answers"),
-    "no-data": (answering(lambda: NET.build().double(), []), "no batch.* to re-estimate"),
+    "no-data": (on_data(NET, []), "no batch.* to re-estimate"),
     "nan-data": (
-        answering(lambda: NET.build().double(), [client_data(NET)[0][0] * torch.nan]),
+        on_data(NET, [client_data(NET)[1][0] * torch.nan]),
         "2: the activations hold NaN or infinite values",
     ),
-    "other-model": (
-        answering(lambda: ZOO["mlp"].build().double(), client_data(NET)[0]),
-        r"Error\(s\) in loading state_dict",
+    "other-model": (on_data("mlp", client_data(NET)[1]), r"Error\(s\) in loading state_dict"),
+    "nan-mean": (replaced("2.mean", MEAN * np.nan), "2: mean or variance is not finite"),
+    "infinite-mean": (replaced("6.mean", [0, 0, 0, 0, np.inf]), "6: mean or variance is not"),
+    "nan-variance": (replaced("2.variance", VARIANCE * np.nan), "2: mean or variance is not"),
+    "negative-variance": (replaced("2.variance", -VARIANCE), "2: .*a variance is negative"),
+    "huge-mean": (replaced("2.mean", MEAN - 2 * MAX_MEAN), "2: .*too large"),
+    "huge-variance": (replaced("2.variance", VARIANCE * 2 * MAX_VARIANCE), "2: .*too large"),
+    "text": (replaced("2.mean", ["zero"] * 6), "dtype <U4, which is no"),
+    "integer-mean": (
+        replaced("2.mean", [1] * 6),
+        "2: mean and variance must be floats .*, got torch.int64, torch.float64 and torch.int64",
     ),
-    "nan-mean": (tampered("2.mean", GOOD_MEAN * np.nan), "2: mean or variance is not finite"),
-    "infinite-mean": (tampered("6.mean", [0, 0, 0, 0, np.inf]), "6: mean or variance is not"),
-    "nan-variance": (tampered("2.variance", GOOD_VARIANCE * np.nan), "2: mean or variance is not"),
-    "negative-variance": (tampered("2.variance", -GOOD_VARIANCE), "2: .*a variance is negative"),
-    "words": (tampered("2.mean", ["nought"] * 6), "dtype <U6, which is no number"),
-    "short-mean": (tampered("2.mean", GOOD_MEAN[:1]), r"2: expected 6 channels, got \(1,\)"),
-    "short-variance": (tampered("2.variance", GOOD_VARIANCE[:1]), "2: expected 6 channels"),
-    "flat-count": (tampered("2.count", 3), "2: expected 6 channels"),
-    "counts": (tampered("2.count", [3] * 6), "2: expected 6 channels"),
-    "zero-count": (tampered("2.count", [0]), "2: 0 is no number of values"),
-    "negative-count": (tampered("2.count", [-4]), "2: -4 is no number of values"),
-    "huge-count": (tampered("2.count", [10**16]), "2: 10000000000000000 is no number"),
-    "broken-count": (
-        tampered("2.count", [2.5]),
-        "2: mean and variance must be floats, and the count an integer",
+    "complex-variance": (
+        replaced("2.variance", VARIANCE * 1j),
+        "2: mean and variance must be floats .*, got torch.float64, torch.complex128",
     ),
-    "no-count": (without("6.count"), r"6\.count"),
-    "no-mean": (without("6.mean"), r"6\.mean"),
-    "no-variance": (without("6.variance"), r"6\.variance"),
-    "other-layers": (
-        answer_with(lambda content: content.update(statistics=renamed(content))),
+    "short-mean": (replaced("2.mean", MEAN[:1]), r"2: expected 6 channels, got \(1,\)"),
+    "short-variance": (replaced("2.variance", VARIANCE[:1]), "2: expected 6 channels"),
+    "scalar-count": (replaced("2.count", 3), "2: expected 6 channels"),
+    "count-by-channel": (replaced("2.count", [3] * 6), "2: expected 6 channels"),
+    "zero-count": (replaced("2.count", [0]), "2: 0 is not a number of values"),
+    "negative-count": (replaced("2.count", [-4]), "2: -4 is not a number of values"),
+    "huge-count": (replaced("2.count", [10**16]), "2: 10000000000000000 is not a number"),
+    "float-count": (
+        replaced("2.count", [2.5]),
+        "2: mean and variance must be floats and the count int64, got .* and torch.float64",
+    ),
+    "int32-count": (replaced("2.count", np.array([3], np.int32)), "2: .* and torch.int32"),
+    "no-count": (without("6.count"), r"'6\.count' is missing"),
+    "no-mean": (without("6.mean"), r"'6\.mean' is missing"),
+    "no-variance": (without("6.variance"), r"'6\.variance' is missing"),
+    "other-layers": (changed(renamed), "it holds statistics of no layer"),
+    "no-layers": (
+        changed(lambda content: content.array_records["answer"].clear()),
         "it holds statistics of no layer",
     ),
-    "no-record": (answer_with(lambda content: content.pop("statistics")), "statistics"),
-    "garbage": (answer_with(with_garbage), "no array in NumPy's format"),
+    "no-record": (changed(lambda content: content.pop("answer")), "'answer' is missing"),
+    "metrics": (
+        changed(lambda content: content.update(answer=MetricRecord({"2.count": 3}))),
+        "'answer' is missing",
+    ),
+    "garbage": (payload(b"garbage"), "2.mean: .* array in NumPy's format"),
+    "no-bytes": (payload(b""), "2.mean: .* array in NumPy's format"),
+    "vast": (payload(vast()), "2.mean: its payload claims .* 80000000000000 bytes, .* holds 0"),
 }
 
 
 @pytest.mark.parametrize("place", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_answer_is_dropped_and_the_rest_pooled(
+def test_an_invalid_answer_is_dropped_and_the_others_are_pooled(
     case: str, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     app, words = BAD[case]
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    good = federation(NET, client_data(NET)[:2])
-    expected, _ = recalibrate_on_clients(good.grid, [1, 2], NET.build(), arrays)
-    assert "dropped" not in caplog.text
+    state = state_of(generic(ZOO[NET], 0))
+    world = honest()
+    expected = recalibrated(NET, state, world, nodes=[1, 2])
+    assert dropped(caplog) == []
 
-    good.apps[77] = app
+    world.apps[ODD_NODE] = app
     nodes = [1, 2]
-    nodes.insert(place, 77)
-    result, metrics = recalibrate_on_clients(good.grid, nodes, NET.build(), arrays)
-    assert result == expected
-    assert metrics["batchnorm-clients"] == 2
+    nodes.insert(place, ODD_NODE)
+    result = recalibrated(NET, state, world, nodes)
+    assert_same(result.state_dict, expected.state_dict, rtol=0, atol=0)
+    assert answered(result) == 2
+    assert result.report == "BatchNorm statistics pooled from 2 of 3 clients"
     (line,) = [record for record in caplog.records if "dropped" in record.getMessage()]
     assert line.levelno == logging.WARNING
     assert re.match(
-        rf"BatchNorm statistics of node 77 dropped: .*{words}.*add_batchnorm_handler",
+        rf"BatchNorm statistics of node {ODD_NODE} dropped: .*{words}.*add_rebasin_handlers\(app",
         line.getMessage(),
-    )
-    assert "pooled from 2 of 3 clients" in caplog.text
+    ), line.getMessage()
 
 
-OVERFLOWING = {
-    "mean": tampered("2.mean", GOOD_MEAN + 1e39),
-    "square-of-mean": tampered("2.mean", GOOD_MEAN + 1e200),
-    "variance": tampered("2.variance", GOOD_VARIANCE * 1e39),
+LARGE = {
+    "largest-mean": (replaced("2.mean", MEAN + MAX_MEAN), 3),
+    "largest-variance": (replaced("2.variance", VARIANCE * MAX_VARIANCE), 3),
+    "mean-beyond-float32": (replaced("2.mean", MEAN + 1e39), 2),
+    "square-of-mean-beyond-float64": (replaced("2.mean", MEAN + 1e200), 2),
+    "variance-beyond-float32": (replaced("2.variance", VARIANCE * 1e39), 2),
 }
 
 
-@pytest.mark.parametrize("case", OVERFLOWING)
-def test_answer_beyond_the_models_dtype_leaves_it_finite(case: str) -> None:
-    world = federation(NET, client_data(NET))
-    world.apps[2] = OVERFLOWING[case]
-    arrays = ArrayRecord(random_state(NET, 0))
-    result, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
-    assert all(bool(torch.isfinite(value).all()) for value in tensors(result).values())
+@pytest.mark.parametrize("case", LARGE)
+def test_large_statistics_leave_the_model_finite(case: str) -> None:
+    app, count = LARGE[case]
+    world = honest()
+    world.apps[2] = app
+    result = recalibrated(NET, random_state(ZOO[NET], 0), world)
+    assert answered(result) == count
+    assert all(bool(torch.isfinite(value).all()) for value in result.state_dict.values())
 
 
 class WithSpare(nn.Module):
-    """A BatchNorm layer beside the one that inference runs through."""
+    """A model with a second BatchNorm layer, which the forward pass does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,169 +329,191 @@ class WithSpare(nn.Module):
         return self.norm(inputs)
 
 
-def test_layer_that_inference_never_runs_keeps_its_statistics() -> None:
-    model = WithSpare()
-    batch = data(BARE, [5], 1)[0].float()
-    world = Federation({1: answering(WithSpare, [batch])})
-    arrays = ArrayRecord(state_of(model))
-    result, metrics = recalibrate_on_clients(world.grid, [1], model, arrays)
-    assert metrics["batchnorm-clients"] == 1
-    assert_statistics(result, model, [batch])
+def test_a_layer_that_the_forward_pass_does_not_use_keeps_its_statistics() -> None:
+    net = Entry(WithSpare, lambda: torch.zeros(2, 3), ())
+    model, data = WithSpare(), client_data(BARE, torch.float32)
+    world = federation(net, data)
+    result = recalibrated(net, state_of(model), world)
+    assert answered(result) == 3
+    assert_statistics(result.state_dict, model, joint(data))
 
 
-def test_layer_that_one_client_lacks_is_pooled_from_the_rest() -> None:
+def test_a_layer_missing_from_one_answer_is_pooled_from_the_others() -> None:
     def without_the_first(content: RecordDict) -> None:
         for key in ("count", "mean", "variance"):
-            content.array_records["statistics"].pop(f"2.{key}")
-        content.array_records["statistics"]["9.mean"] = Array(np.full(5, np.nan))
+            content.array_records["answer"].pop(f"2.{key}")
+        put(content, "answer", "9.mean", np.full(5, np.nan))
 
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    world = federation(NET, client_data(NET))
-    everybody, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
-    others, _ = recalibrate_on_clients(world.grid, [1, 2], NET.build(), arrays)
-    world.apps[3] = answer_with(without_the_first)
-    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
-    assert metrics["batchnorm-clients"] == 3
+    state = state_of(generic(ZOO[NET], 0))
+    world = honest()
+    of_all = recalibrated(NET, state, world).state_dict
+    of_two = recalibrated(NET, state, world, nodes=[1, 2]).state_dict
+    world.apps[3] = changed(without_the_first)
+    result = recalibrated(NET, state, world)
+    assert answered(result) == 3
     for key in STATISTICS:
-        assert result[f"2.{key}"] == others[f"2.{key}"] != everybody[f"2.{key}"]
-        assert result[f"6.{key}"] == everybody[f"6.{key}"] != others[f"6.{key}"]
-
-
-def as_mock(reply: Message) -> Message:
-    mock = Mock(spec=Message)
-    mock.metadata.src_node_id = reply.metadata.src_node_id
-    mock.has_error.return_value = reply.has_error()
-    for name in ("error",) if reply.has_error() else ("content",):
-        setattr(mock, name, getattr(reply, name))
-    return mock
+        first, second = f"2.{key}", f"6.{key}"
+        assert torch.equal(result.state_dict[first], of_two[first])
+        assert not torch.equal(result.state_dict[first], of_all[first])
+        assert torch.equal(result.state_dict[second], of_all[second])
+        assert not torch.equal(result.state_dict[second], of_two[second])
 
 
 def test_mock_replies_are_read_as_well() -> None:
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    world = federation(NET, client_data(NET))
+    state, world = state_of(generic(ZOO[NET], 0)), honest()
     world.apps[2] = failing
-    expected, _ = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
+    expected = recalibrated(NET, state, world)
     world.grid.send_and_receive.side_effect = lambda messages, timeout: map(
         as_mock, world.deliver(messages, timeout=timeout)
     )
-    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
-    assert result == expected
-    assert metrics["batchnorm-clients"] == 2
+    result = recalibrated(NET, state, world)
+    assert_same(result.state_dict, expected.state_dict, rtol=0, atol=0)
+    assert answered(result) == 2
 
 
 @pytest.mark.parametrize("apps", [{1: None, 2: None}, {1: failing, 2: ClientApp()}, {}])
-def test_without_good_answers_the_arrays_stay(
+def test_without_valid_answers_the_model_is_unchanged(
     apps: dict[int, Answer | None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    before = copy.deepcopy(arrays)
-    result, metrics = recalibrate_on_clients(Federation(apps).grid, list(apps), NET.build(), arrays)
-    assert result == before
-    assert metrics["batchnorm-clients"] == 0
-    assert f"pooled from 0 of {len(apps)} clients" in caplog.text
+    state = state_of(generic(ZOO[NET], 0))
+    before = copy.deepcopy(state)
+    result = recalibrated(NET, state, Federation(apps), nodes=list(apps))
+    assert result.state_dict is state
+    assert_same(state, before, rtol=0, atol=0)
+    assert not result.applied
+    assert answered(result) == 0
+    assert result.report == f"BatchNorm statistics pooled from 0 of {len(apps)} clients"
     assert len(dropped(caplog)) == len(apps)
 
 
-def test_a_silent_node_is_not_waited_for_but_named(caplog: pytest.LogCaptureFixture) -> None:
-    model, batches = lively(NET, 0), client_data(NET)
-    world = federation(NET, batches)
+def test_a_node_that_does_not_answer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model, world = generic(ZOO[NET], 0), honest()
     world.apps[2] = None
-    arrays = ArrayRecord(state_of(model))
-    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], NET.build(), arrays)
-    assert metrics["batchnorm-clients"] == 2
-    assert_statistics(result, model, [*batches[0], *batches[2]])
+    result = recalibrated(NET, state_of(model), world)
+    assert answered(result) == 2
+    assert_statistics(result.state_dict, model, joint(client_data(NET), [1, 3]))
     assert dropped(caplog) == ["BatchNorm statistics of node 2 dropped: no answer"]
 
 
-@pytest.mark.parametrize(
-    "model",
-    [ZOO["mlp"].build(), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))],
-    ids=["no-batchnorm", "no-running-statistics"],
-)
-def test_model_without_statistics_sends_no_message(model: nn.Module) -> None:
-    world = federation(NET, client_data(NET))
-    arrays = ArrayRecord(state_of(model))
-    result, metrics = recalibrate_on_clients(world.grid, [1, 2, 3], model, arrays)
-    assert result is arrays
-    assert metrics == {}
-    world.grid.send_and_receive.assert_not_called()
+NO_STATISTICS: dict[str, Net] = {
+    "no-batchnorm": "mlp",
+    "no-running-statistics": Entry(
+        lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)),
+        lambda: torch.zeros(2, 3),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_STATISTICS)
+def test_a_model_without_statistics_asks_nothing(case: str) -> None:
+    net = NO_STATISTICS[case]
+    entry = entry_of(net)
+    assert BatchNorm().bind(entry.build(), entry.inputs()) is None
+    state = random_state(entry, 0)
+    world = trained_federation(dict.fromkeys(NODES, state), net, dict.fromkeys(NODES, ()))
+    strategy = strategy_for(net, FedAvg(fraction_evaluate=0.0))
+    outcome = strategy.start(world.grid, ArrayRecord(state), num_rounds=1)
+    assert_same(tensors(outcome.arrays), state, rtol=1e-6, atol=1e-7)
+    assert {message.metadata.message_type for message in world.sent} == {"train"}
+    assert not any(key.startswith("batchnorm") for key in outcome.train_metrics_clientapp[1])
 
 
 # The client's side
 
 
-def test_answering_changes_nothing_of_a_client_but_its_weights() -> None:
-    own = lively(NET, 1).train()
+def test_answering_changes_only_the_weights_of_the_clients_module() -> None:
+    own = generic(ZOO[NET], 1).train()
     own[3].eval()
-    batches = client_data(NET)[2]
+    batches = client_data(NET)[3]
     batches_before = copy.deepcopy(batches)
-    app = ClientApp()
-    add_batchnorm_handler(app, lambda context: (own, batches))
-    world = Federation({1: app})
+    world = Federation({1: client(lambda: own, batches)})
     world.contexts[1] = Context(1, 1, {}, RecordDict(), {})
     world.contexts[1].state["counter"] = MetricRecord({"round": 4})
     context_before = copy.deepcopy(world.contexts[1])
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    recalibrate_on_clients(world.grid, [1], NET.build(), arrays)
+    state = state_of(generic(ZOO[NET], 0))
+    recalibrated(NET, state, world, nodes=[1])
 
     assert world.contexts[1] == context_before
     assert_same(dict(enumerate(batches)), dict(enumerate(batches_before)), rtol=0, atol=0)
-    # The weights and statistics are those that were asked about, not those of the local data.
-    assert ArrayRecord(state_of(own)) == arrays
+    # Weights and statistics are those of the message, not those of the local data.
+    assert_same(state_of(own), state, rtol=0, atol=0)
     assert [module.training for module in own] == [True, True, True, False, *[True] * 5]
     assert not any(module._forward_pre_hooks for module in own.modules())
+    assert not any(module._forward_hooks for module in own.modules())
     assert all(parameter.grad is None for parameter in own.parameters())
 
 
-def test_load_is_given_the_clients_context() -> None:
+def test_load_gets_the_clients_context() -> None:
     seen: list[int] = []
 
     def load(context: Context) -> tuple[nn.Module, list[Tensor]]:
         seen.append(context.node_id)
-        return NET.build().double(), client_data(NET)[0]
+        return double(NET).build(), client_data(NET)[1]
 
     app = ClientApp()
-    add_batchnorm_handler(app, load)
-    arrays = ArrayRecord(state_of(lively(NET, 0)))
-    recalibrate_on_clients(Federation({5: app, 9: app}).grid, [5, 9], NET.build(), arrays)
+    add_rebasin_handlers(app, load)
+    state = state_of(generic(ZOO[NET], 0))
+    recalibrated(NET, state, Federation({5: app, 9: app}), nodes=[5, 9])
     assert seen == [5, 9]
 
 
 # Whole rounds
 
 
-def narrow(entry: Entry, seed: int) -> tuple[nn.Module, State]:
+def trained_federation(
+    states: Mapping[int, State],
+    net: Net = NET,
+    data: Mapping[int, Iterable[Tensor]] | None = None,
+) -> Federation:
+    """Clients that train to a given model with 10 examples, and answer every question."""
+    data = client_data(net, torch.float32) if data is None else data
+    apps: dict[int, Answer | None] = {}
+    for node, state in states.items():
+        app = client(entry_of(net).build, data[node])
+
+        @app.train()
+        def train(message: Message, context: Context, state: State = state) -> Message:
+            metrics = MetricRecord({"num-examples": 10, "loss": 0.25})
+            content = RecordDict({"arrays": ArrayRecord(state), "metrics": metrics})
+            return Message(content, reply_to=message)
+
+        apps[node] = app
+    return Federation(apps)
+
+
+def narrow(seed: int) -> tuple[nn.Module, State]:
     """A float32 model and its state dict."""
-    state = random_state(entry, seed)
-    model = entry.build()
+    state = random_state(ZOO[NET], seed)
+    model = ZOO[NET].build()
     model.load_state_dict(state)
     return model, state
 
 
-def trained_federation(states: Sequence[State]) -> Federation:
-    batches = client_data(NET, torch.float32)
-    apps = [answering(NET.build, each, state) for each, state in zip(batches, states, strict=True)]
-    return Federation(dict(enumerate(apps, start=1)))
+def permuted_copies(state: State) -> dict[int, State]:
+    spec, generator = named_spec(NET), torch.Generator().manual_seed(0)
+    return {node: spec.apply(spec.random(generator), state) for node in NODES}
 
 
-def joint_data() -> list[Tensor]:
-    return [batch for each in client_data(NET, torch.float32) for batch in each]
+def joint_data(nodes: Iterable[int] = NODES) -> list[Tensor]:
+    return joint(client_data(NET, torch.float32), nodes)
 
 
-def permuted_copies(state: State, count: int = 3) -> list[State]:
-    spec, generator = derive_spec(NET.build(), NET.inputs()), torch.Generator().manual_seed(0)
-    return [spec.apply(spec.random(generator), state) for _ in range(count)]
+def rebasin(inner: Strategy | None = None, **options: object) -> ReBasinStrategy:
+    return strategy_for(NET, FedAvg(fraction_evaluate=0.0) if inner is None else inner, **options)
 
 
-def test_recalibration_wraps_fedavg_from_start_to_end() -> None:
-    states = [random_state(NET, seed) for seed in range(3)]
+COSTS = {"batchnorm-clients", "batchnorm-seconds", "batchnorm-bytes", "batchnorm-messages"}
+
+
+def test_without_alignment_the_plain_average_is_recalibrated() -> None:
+    states = {node: random_state(ZOO[NET], seed) for seed, node in enumerate(NODES)}
     world = trained_federation(states)
-    initial = ArrayRecord(random_state(NET, 7))
-    strategy = BatchNormRecalibration(FedAvg(fraction_evaluate=0.0), model=NET.build())
-    outcome = strategy.start(world.grid, initial, num_rounds=2)
+    initial = ArrayRecord(random_state(ZOO[NET], 7))
+    outcome = rebasin(align=None).start(world.grid, initial, num_rounds=2)
 
-    mean = NET.build()
-    mean.load_state_dict({key: sum(state[key] for state in states) / 3 for key in states[0]})
+    mean = ZOO[NET].build()
+    mean.load_state_dict({key: sum(state[key] for state in states.values()) / 3 for key in initial})
     result = tensors(outcome.arrays)
     expected = state_of(mean) | seen_statistics(mean, joint_data())
     assert result.keys() == expected.keys()
@@ -502,103 +524,64 @@ def test_recalibration_wraps_fedavg_from_start_to_end() -> None:
     # Each round asks each client once.
     assert world.asked("batchnorm") == world.asked("train") == [1, 1, 2, 2, 3, 3]
     for metrics in outcome.train_metrics_clientapp.values():
-        assert set(metrics) == {
-            "loss", "batchnorm-clients", "batchnorm-seconds", "batchnorm-bytes"
-        }  # fmt: skip
+        assert set(metrics) == {"loss", "rebasin-dropped", *COSTS}
         assert metrics["batchnorm-clients"] == 3
+        assert metrics["batchnorm-messages"] == 1
         assert metrics["loss"] == pytest.approx(0.25)
 
 
-def rebasin(inner: Strategy | None = None, recalibrate_batchnorm: bool = True) -> ReBasinStrategy:
-    inner = FedAvg(fraction_evaluate=0.0) if inner is None else inner
-    return ReBasinStrategy(
-        inner,
-        model=NET.build(),
-        example_inputs=NET.inputs(),
-        recalibrate_batchnorm=recalibrate_batchnorm,
-    )
-
-
-def test_aligning_strategy_recalibrates_from_start_to_end() -> None:
-    model, shared = narrow(NET, 0)
+def test_the_aligned_average_is_recalibrated(caplog: pytest.LogCaptureFixture) -> None:
+    model, shared = narrow(0)
     world = trained_federation(permuted_copies(shared))
     outcome = rebasin().start(world.grid, ArrayRecord(shared), num_rounds=2)
-    assert_statistics(outcome.arrays, model, joint_data())
+    assert_statistics(tensors(outcome.arrays), model, joint_data())
     assert world.asked("batchnorm") == world.asked("train") == [1, 1, 2, 2, 3, 3]
+    assert caplog.messages.count("BatchNorm statistics pooled from 3 of 3 clients") == 2
     for metrics in outcome.train_metrics_clientapp.values():
         assert metrics["batchnorm-clients"] == 3
         assert metrics["rebasin-similarity-after"] == pytest.approx(1)
         assert metrics["loss"] == pytest.approx(0.25)
-        assert "batchnorm-seconds" in metrics
+        assert metrics.keys() >= COSTS
 
 
-def test_aligning_strategy_inside_the_recalibrating_one_does_the_same() -> None:
-    model, shared = narrow(NET, 0)
+def test_recalibration_may_wrap_a_strategy_that_only_aligns() -> None:
+    model, shared = narrow(0)
     world = trained_federation(permuted_copies(shared))
-    inner = rebasin(recalibrate_batchnorm=False)
-    strategy = BatchNormRecalibration(inner, model=NET.build())
+    strategy = rebasin(rebasin(finish=[]), align=None)
     outcome = strategy.start(world.grid, ArrayRecord(shared), num_rounds=1)
-    assert_statistics(outcome.arrays, model, joint_data())
+    assert_statistics(tensors(outcome.arrays), model, joint_data())
     metrics = outcome.train_metrics_clientapp[1]
     assert metrics["batchnorm-clients"] == 3
     assert metrics["rebasin-similarity-after"] == pytest.approx(1)
 
 
-def test_without_recalibration_no_query_is_sent() -> None:
-    _, shared = narrow(NET, 0)
+def test_without_finishing_steps_no_question_is_sent() -> None:
+    _, shared = narrow(0)
     world = trained_federation(permuted_copies(shared))
-    strategy = rebasin(recalibrate_batchnorm=False)
-    outcome = strategy.start(world.grid, ArrayRecord(shared), num_rounds=1)
+    outcome = rebasin(finish=[]).start(world.grid, ArrayRecord(shared), num_rounds=1)
     assert_same(tensors(outcome.arrays), shared, rtol=1e-6, atol=1e-7)
     assert {message.metadata.message_type for message in world.sent} == {"train"}
     assert not any(key.startswith("batchnorm") for key in outcome.train_metrics_clientapp[1])
 
 
-def test_aligning_strategy_asks_only_clients_whose_models_were_used() -> None:
-    model, shared = narrow(NET, 0)
+def test_only_clients_whose_models_were_used_are_asked() -> None:
+    model, shared = narrow(0)
     copies = permuted_copies(shared)
-    copies[1] = {**copies[1], "0.weight": copies[1]["0.weight"] * torch.nan}
+    copies[2] = {**copies[2], "0.weight": copies[2]["0.weight"] * torch.nan}
     world = trained_federation(copies)
     outcome = rebasin().start(world.grid, ArrayRecord(shared), num_rounds=1)
     assert world.asked("train") == [1, 2, 3]
     assert world.asked("batchnorm") == [1, 3]
-    batches = client_data(NET, torch.float32)
-    assert_statistics(outcome.arrays, model, [*batches[0], *batches[2]])
+    assert_statistics(tensors(outcome.arrays), model, joint_data([1, 3]))
 
 
-@pytest.mark.parametrize("wrap", [rebasin, lambda s: BatchNormRecalibration(s, model=NET.build())])
-def test_round_without_a_result_sends_no_query(wrap: Callable[[Strategy], Strategy]) -> None:
-    world = federation(NET, client_data(NET))
-    for app in world.apps:
-        world.apps[app] = failing
-    strategy = wrap(FedAvg())
-    initial = ArrayRecord(random_state(NET, 0))
+@pytest.mark.parametrize("options", [{}, {"align": None}], ids=["aligned", "unaligned"])
+def test_a_round_without_a_result_asks_nothing(options: dict[str, object]) -> None:
+    world = Federation(dict.fromkeys(NODES, failing))
+    strategy = strategy_for(NET, **options)
+    initial = ArrayRecord(random_state(ZOO[NET], 0))
     messages = strategy.configure_train(1, initial, ConfigRecord(), world.grid)
     replies = world.grid.send_and_receive(messages, timeout=1)
     assert strategy.aggregate_train(1, replies) == (None, None)
     assert world.asked("batchnorm") == []
     assert world.asked("train") == [1, 2, 3]
-
-
-def test_everything_else_is_the_wrapped_strategys(caplog: pytest.LogCaptureFixture) -> None:
-    inner = Mock(spec=Strategy)
-    strategy = BatchNormRecalibration(inner, model=NET.build())
-    arrays, config, grid = ArrayRecord(), ConfigRecord({"lr": 0.1}), Mock(spec=Grid)
-    message = Message(RecordDict(), dst_node_id=2, message_type="train")
-
-    inner.configure_train.return_value = iter([message])
-    assert list(strategy.configure_train(3, arrays, config, grid)) == [message]
-    inner.configure_train.assert_called_once_with(3, arrays, config, grid)
-    inner.configure_evaluate.return_value = [message]
-    assert strategy.configure_evaluate(3, arrays, config, grid) == [message]
-    inner.configure_evaluate.assert_called_once_with(3, arrays, config, grid)
-    inner.aggregate_evaluate.return_value = MetricRecord({"accuracy": 0.5})
-    assert strategy.aggregate_evaluate(3, [message]) == MetricRecord({"accuracy": 0.5})
-    inner.aggregate_evaluate.assert_called_once_with(3, [message])
-    strategy.summary()
-    inner.summary.assert_called_once_with()
-    assert "BatchNorm statistics re-estimated on the clients" in caplog.text
-
-
-def test_wrapped_strategy_is_fedavg_by_default() -> None:
-    assert type(BatchNormRecalibration(model=NET.build()).strategy) is FedAvg

@@ -1,15 +1,14 @@
-"""With every strategy: permuted honest replies give what the strategy alone makes of plain ones."""
+"""With every strategy: permuted replies give what the strategy alone computes from plain ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from federation import Federation, one_round, prepare, replies_of, tensors
+from federation import Federation, one_round, replies_of, strategy_for, tensors
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -28,10 +27,8 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from zoo import ZOO
-
-from fl_rebasin.flower import ReBasinStrategy
 
 CLIENTS = 5
 WEIGHTS = dict(enumerate((3, 5, 4, 6, 2), start=1))
@@ -46,12 +43,6 @@ OWN_METRICS = {
     "rebasin-dropped",
 }
 NORM_BITS = dict(enumerate((1, 0, 1, 1, 0), start=1))
-
-
-@pytest.fixture(autouse=True)
-def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    prepare(monkeypatch, caplog)
-
 
 INNER: dict[str, Callable[[], Strategy]] = {
     "FedAvg": FedAvg,
@@ -82,26 +73,14 @@ CLIPPING: dict[str, Callable[[Strategy], Strategy]] = {
 }
 
 
-@cache
 def aligning(name: str) -> Callable[[Strategy], Strategy]:
-    """Puts the aligning strategy around another one; its spec is derived once."""
-    entry = ZOO[name]
-    template = ReBasinStrategy(
-        model=entry.build(), example_inputs=entry.inputs(), recalibrate_batchnorm=False
-    )
-
-    def wrap(inner: Strategy) -> Strategy:
-        strategy = object.__new__(ReBasinStrategy)
-        vars(strategy).update(vars(template))
-        strategy.strategy = inner
-        return strategy
-
-    return wrap
+    """Wrap another strategy in one that aligns."""
+    return lambda inner: strategy_for(name, inner, finish=[])
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A strategy, and the same with alignment in it."""
+    """A strategy, and the same strategy with alignment."""
 
     plain: Callable[[], Strategy]
     aligned: Callable[[Callable[[Strategy], Strategy]], Strategy]
@@ -119,7 +98,7 @@ def inside(clip: Callable[[Strategy], Strategy], inner: Callable[[], Strategy]) 
 
 PLAIN = {name: around(inner) for name, inner in INNER.items()}
 PRIVATE = {
-    # Alignment before the server clips: else it would clip what only looks like a large update.
+    # Alignment comes before clipping on the server: without it, updates only seem large.
     **{
         f"{name}({inner})": around(lambda clip=clip, inner=inner: clip(INNER[inner]()))
         for name, clip in CLIPPING.items()
@@ -128,25 +107,29 @@ PRIVATE = {
     "server-fixed(server-adaptive(FedAdam))": around(
         lambda: CLIPPING["server-fixed"](CLIPPING["server-adaptive"](INNER["FedAdam"]()))
     ),
-    # Clients have clipped their updates already: what remains is noise.
+    # The clients have clipped their updates already: only noise is left to add.
     **{
         f"{name}(ReBasin({inner}))": inside(CLIPPING[name], INNER[inner])
         for name in ("client-fixed", "client-adaptive")
         for inner in ("FedAvg", "FedAdam")
     },
 }
-# Integer buffers are averaged, too, but would be most of the norm of an update.
+WITH_NORM = "residual-batchnorm"
+# Integer buffers are averaged as well, but would dominate the norm of a clipped update.
 CASES = {
     **{f"mlp-{name}": ("mlp", pair) for name, pair in {**PLAIN, **PRIVATE}.items()},
-    **{f"residual-batchnorm-{name}": ("residual-batchnorm", pair) for name, pair in PLAIN.items()
-       if name not in ("FedAdagrad", "FedYogi")},
-}  # fmt: skip
+    **{
+        f"{WITH_NORM}-{name}": (WITH_NORM, pair)
+        for name, pair in PLAIN.items()
+        if name not in ("FedAdagrad", "FedYogi")
+    },
+}
 
 
 def neighbours(model: State, server_round: int) -> dict[int, State]:
-    # Clients who have gone different ways, so that a median is no mean and Krum has a choice.
+    # The clients' updates differ, so that a median is not a mean and Krum has a choice.
     return {
-        node_id: near(model, 10 * server_round + node_id, scale=1e-3 * (1 + node_id % 3))
+        node_id: nearby(model, 10 * server_round + node_id, scale=1e-3 * (1 + node_id % 3))
         for node_id in WEIGHTS
     }
 
@@ -159,8 +142,8 @@ def shuffled(name: str, states: dict[int, State], seed: int) -> dict[int, State]
 def aggregated(
     strategy: Strategy, model: State | ArrayRecord, states: dict[int, State], server_round: int
 ) -> tuple[ArrayRecord, MetricRecord]:
-    np.random.seed(server_round)  # Flower's noise comes from here.
-    # Some of the strategies empty the replies that they are handed: each gets its own.
+    np.random.seed(server_round)  # Flower draws its noise from this generator.
+    # Some strategies empty the replies they are given: each strategy gets its own.
     replies = replies_of(states, WEIGHTS, loss=LOSSES, norm_bit=NORM_BITS)
     world = Federation(dict.fromkeys(WEIGHTS))
     arrays, metrics = one_round(strategy, world, model, replies, server_round)
@@ -171,7 +154,7 @@ def aggregated(
 
 
 def as_model(state: State, model: State) -> State:
-    """With the dtypes of a model: averages of integers come out of Flower as floats."""
+    """Convert to the dtypes of a model: Flower averages integers to floats."""
     return {
         key: (value if model[key].is_floating_point() else value.round()).to(model[key].dtype)
         for key, value in state.items()
@@ -185,17 +168,24 @@ def distance(left: State, right: State) -> float:
     return (gap / sum(float(right[key].double().square().sum()) for key in keys)) ** 0.5
 
 
+def assert_alignment_matters(net: str, pair: Pair, model: State) -> None:
+    """Without alignment, permuted replies give another model than plain ones."""
+    states = neighbours(model, 1)
+    expected, _ = aggregated(pair.plain(), model, states, 1)
+    unaligned, _ = aggregated(pair.plain(), model, shuffled(net, states, 1), 1)
+    assert distance(tensors(unaligned), tensors(expected)) > 1e-4
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_permuted_replies_give_what_plain_ones_give_round_after_round(case: str) -> None:
-    # Momentum lives in the coordinates of the global model: it is the second round that tells.
+    # Momentum follows the unit order of the global model: only a second round tests it.
     net, pair = CASES[case]
     plain, aligned = pair.plain(), pair.aligned(aligning(net))
     model = random_state(ZOO[net], 0)
+    assert_alignment_matters(net, pair, model)
     for server_round in (1, 2):
         states = neighbours(model, server_round)
         moved = shuffled(net, states, server_round)
-        if server_round == 1:
-            lost, _ = aggregated(pair.plain(), model, moved, server_round)
         expected, expected_metrics = aggregated(plain, model, states, server_round)
         result, metrics = aggregated(aligned, model, moved, server_round)
         wanted = as_model(tensors(expected), model)
@@ -203,19 +193,17 @@ def test_permuted_replies_give_what_plain_ones_give_round_after_round(case: str)
         assert_same(tensors(result), wanted, rtol=1e-5, atol=1e-5)
         assert metrics["loss"] == pytest.approx(expected_metrics["loss"])
         assert metrics["rebasin-units-moved"] > 0
-        if server_round == 1:
-            assert distance(as_model(tensors(lost), model), wanted) > 1e-4
         model = wanted
 
 
-# In the others the noise is added to what is float32 already, not float64.
+# With FedAdam inside, noise is added to values that are float32 already, not float64.
 BITWISE = {
     name: pair for name, pair in {**PLAIN, **PRIVATE}.items() if "ReBasin(FedAdam)" not in name
 }
 
 
 @pytest.mark.parametrize("name", BITWISE)
-def test_plain_replies_give_bitwise_the_same_round_after_round(name: str) -> None:
+def test_plain_replies_give_bitwise_the_same_model_round_after_round(name: str) -> None:
     net = "mlp"
     pair = BITWISE[name]
     plain, aligned = pair.plain(), pair.aligned(aligning(net))
@@ -227,7 +215,7 @@ def test_plain_replies_give_bitwise_the_same_round_after_round(name: str) -> Non
         assert list(result) == list(expected) == list(model)
         for key, array in expected.items():
             assert result[key].numpy().dtype == np.float32
-            # FedAdam and its like give float64: it goes into the model's dtype.
+            # FedAdam and its relatives return float64, which is cast to the model's dtype.
             wanted = array.numpy().astype(np.float32)
             assert result[key].numpy().tobytes() == wanted.tobytes(), key
         assert metrics["rebasin-units-moved"] == 0
@@ -237,7 +225,7 @@ def test_plain_replies_give_bitwise_the_same_round_after_round(name: str) -> Non
 
 @pytest.mark.parametrize("clip", ["server-fixed", "server-adaptive"])
 def test_server_side_clipping_may_be_outermost_if_it_has_nothing_to_clip(clip: str) -> None:
-    net = "residual-batchnorm"
+    net = WITH_NORM
     wide: dict[str, Callable[[Strategy], Strategy]] = {
         "server-fixed": lambda inner: DifferentialPrivacyServerSideFixedClipping(
             inner, 0.0, clipping_norm=1e6, num_sampled_clients=CLIENTS
@@ -252,16 +240,15 @@ def test_server_side_clipping_may_be_outermost_if_it_has_nothing_to_clip(clip: s
     expected, expected_metrics = aggregated(pair.plain(), model, states, 1)
     moved = shuffled(net, states, 1)
     result, metrics = aggregated(pair.aligned(aligning(net)), model, moved, 1)
-    assert_same(as_model(tensors(result), model), as_model(tensors(expected), model),
-                rtol=1e-5, atol=1e-5)  # fmt: skip
+    wanted = as_model(tensors(expected), model)
+    assert_same(as_model(tensors(result), model), wanted, rtol=1e-5, atol=1e-5)
     assert metrics["rebasin-units-moved"] > 0
     assert metrics.keys() - expected_metrics.keys() == OWN_METRICS
 
 
-def test_what_a_strategy_tells_its_clients_is_passed_on() -> None:
-    strategy = aligning("mlp")(
-        CLIPPING["client-fixed"](FedProx(proximal_mu=0.1, fraction_train=1.0))
-    )
+def test_the_configuration_of_every_wrapped_strategy_reaches_the_clients() -> None:
+    inner = CLIPPING["client-fixed"](FedProx(proximal_mu=0.1, fraction_train=1.0))
+    strategy = aligning("mlp")(inner)
     model = ArrayRecord(random_state(ZOO["mlp"], 0))
     grid = Federation(dict.fromkeys(WEIGHTS)).grid
     messages = list(strategy.configure_train(1, model, ConfigRecord({"lr": 0.1}), grid))
