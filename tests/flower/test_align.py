@@ -354,10 +354,10 @@ INVALID: dict[str, tuple[Callable[[Answer], Answer | None], str]] = {
     "no-bytes": (payload(b""), "not an array in NumPy's format"),
     "truncated": (payload(PACKED.data[:-9]), "bytes, but holds"),
     "vast": (payload(vast("<i8")), "80000000000000 bytes, but holds 0"),
-    "other-dtype-on-the-label": (labelled(dtype="float64"), "it is said to be float64 of shape"),
-    "other-shape-on-the-label": (labelled(shape=(6,)), r"it is said to be int64 of shape \(6,\)"),
-    "long-dtype-on-the-label": (labelled(dtype="int64" * 99), "an odd dtype or shape"),
-    "many-axes-on-the-label": (labelled(shape=(1,) * 99), "an odd dtype or shape"),
+    "other-dtype-on-the-label": (labelled(dtype="float64"), "it declares float64 of shape"),
+    "other-shape-on-the-label": (labelled(shape=(6,)), r"it declares int64 of shape \(6,\)"),
+    "long-dtype-on-the-label": (labelled(dtype="int64" * 99), "at most 40 and 64 are allowed"),
+    "many-axes-on-the-label": (labelled(shape=(1,) * 99), "at most 40 and 64 are allowed"),
     "other-serialisation": (labelled(stype="pickle"), "unknown serialization type 'pickle'"),
 }
 

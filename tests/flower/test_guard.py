@@ -492,7 +492,7 @@ INVALID: dict[str, tuple[Answer | None, str]] = {
     "integer-losses": (losses(9, 1, 9, dtype=np.int64), EXPECTED + "int64"),
     "complex-losses": (losses(9, 1, 9, dtype=np.complex128), EXPECTED + "complex128"),
     "bool-losses": (losses(True, False, True, dtype=np.bool_), EXPECTED + "bool"),
-    "text-losses": (losses("9", "1", "9", dtype=np.str_), "losses: its payload is of dtype <U1"),
+    "text-losses": (losses("9", "1", "9", dtype=np.str_), "losses: its payload has dtype <U1"),
     "negative-loss": (losses(9.0, -1.0, 9.0), r"a loss of -1\.0 is impossible"),
     "minus-infinite": (losses(9.0, -INF, 9.0), "a loss of -inf is impossible"),
     "all-nan": (losses(NAN, NAN, NAN), "none of its losses is finite"),

@@ -147,7 +147,8 @@ def test_every_invalid_answer_is_logged_with_its_reason(caplog: pytest.LogCaptur
         r"echo of node 4 dropped: too cold" + hint,
         r"echo of node 5 dropped: No query function .* 'rebasin_echo_of_values'" + hint,
         r"echo of node 6 dropped: 'answer' is missing" + hint,
-        r"echo of node 7 dropped: values: its payload has dtype <U1, which is not a number" + hint,
+        r"echo of node 7 dropped: values: its payload has dtype <U1, which is not a number type"
+        + hint,
         r"echo of node 3 dropped: no answer$",
     ]
     lines = dropped(caplog)

@@ -187,8 +187,10 @@ def fit_least_squares(
     REPAIR (ICLR 2023).
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> state, batch = net.state_dict(), torch.randn(64, 2)
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> batch = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        >>> state = net.state_dict()
         >>> fitted = fit_least_squares(net, state, [state], [[batch]])
         >>> bool(torch.allclose(fitted["2.weight"], state["2.weight"], atol=1e-4))
         True
