@@ -61,9 +61,9 @@ def merge(task: str, data: Path | None, repeats: int) -> list[dict[str, Any]]:
 
     def add_row(method: str, seconds: list[float], permutations: list[Permutation]) -> None:
         print(f"{task}, {method}: {seconds[0]:.2f} s", file=sys.stderr)
-        alike = similarity(spec, models, permutations)
+        found = similarity(spec, models, permutations)
         row = {"work": task, "models": count, "method": method}
-        rows.append({**row, "seconds": seconds, "similarity": alike})
+        rows.append({**row, "seconds": seconds, "similarity": found})
 
     for method in get_args(Method):
         runs = [timed(partial(align_many, spec, models, method=method)) for _ in range(repeats)]
@@ -132,10 +132,10 @@ def page(rows: list[dict[str, Any]], used: dict[str, str]) -> str:
     cells = []
     for row in rows:
         median = statistics.median(row["seconds"])
-        alike = f"{row['similarity']:.4f}" if "similarity" in row else ""
+        cosines = f"{row['similarity']:.4f}" if "similarity" in row else ""
         ratio = baselines[row["work"]] / median
         own = [row["work"], row["models"], row["method"]]
-        cells.append([*own, f"{median:.2f}", f"{ratio:.2f}", alike])
+        cells.append([*own, f"{median:.2f}", f"{ratio:.2f}", cosines])
     explanation = (
         "Median times on one thread (two for a round); similarity is the mean cosine of all pairs\n"
         "of permuted models. Made by `python benchmarks/merging.py --data-dir DIR`."

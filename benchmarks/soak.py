@@ -72,7 +72,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def make_client_app(clients: int) -> ClientApp:
-    """Return clients that train for one epoch and, if the config says so, send faults."""
+    """Return clients that train for one epoch and, if the config asks for it, send faults."""
     app = ClientApp()
 
     def part(context: Context) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,7 @@ def run(argv: list[str]) -> None:
     console.print(
         f"{dataset.name}, {len(dataset.train_labels)} training images; {settings.clients} clients, "
         f"split {settings.split}, {settings.init} init; {settings.model} {settings.width}, "
-        f"{settings.norm} norm; {settings.epochs} epochs; seeds {list(settings.seeds)}",
+        f"norm {settings.norm}; {settings.epochs} epochs; seeds {list(settings.seeds)}",
         soft_wrap=True,
     )
     # Before the long simulation, so that they describe the code that runs.

@@ -20,7 +20,7 @@ class WrappedStrategy(Strategy):
         strategy: any Flower strategy; `FedAvg()` by default.
 
     Raises:
-        TypeError: `strategy` is not a Flower strategy, for example the class instead of an instance.
+        TypeError: `strategy` is not an instance of a Flower strategy.
 
     Attributes:
         transient: names of the attributes that `configure_train` sets in each round. Checkpoints

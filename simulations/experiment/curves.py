@@ -29,9 +29,9 @@ def curves(
     lines: dict[str, tuple[ModelState, ModelState]],
     progress: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Measure lines between models, each as it is and with BatchNorm re-estimated ("+bn").
+    """Measure lines between models, without and with ("+bn") BatchNorm re-estimated.
 
-    A model without BatchNorm has nothing to re-estimate: there the second curve is the first.
+    Without BatchNorm layers there is nothing to re-estimate, and both curves are the same.
     """
     model = shared_model(settings, dataset, seed)
     variants = (False, True) if settings.norm == "batch" else (False,)
