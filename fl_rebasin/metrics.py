@@ -1,4 +1,4 @@
-"""Loss barrier, joint accuracy and calibration."""
+"""Loss barrier, accuracy, log loss and calibration error."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from fl_rebasin.state_dicts import StateDict, interpolate
 
 LAMBDAS = 25
-"""Number of points on the line between two models, ends included."""
+"""Default number of points on the line between two models, endpoints included."""
 
 
 @dataclass(frozen=True)
 class Barrier:
-    """How much worse a quantity is between two models than the straight line says.
+    """How far the loss between two models rises above the straight line between their losses.
 
     Attributes:
-        value: max over lambda of `L(lambda) - [(1 - lambda) L(0) + lambda L(1)]`, at least 0.
+        value: the barrier, at least 0.
         lambdas: the points, from 0 to 1.
-        losses: `L` at each point.
+        losses: the loss at each point.
     """
 
     value: float
@@ -32,14 +32,27 @@ class Barrier:
 
     @property
     def midpoint(self) -> float:
-        """`L` halfway."""
+        """The loss halfway between the models."""
         return self.losses[len(self.losses) // 2]
 
 
 def barrier_of(losses: Sequence[float]) -> float:
-    """Return the barrier of a curve over equally spaced points; of its values less is better.
+    """Return the barrier of a loss curve L, sampled at equally spaced lambdas from 0 to 1.
 
-    It is infinite where a value is not finite.
+        max over lambda of  L(lambda) - [(1 - lambda) L(0) + lambda L(1)]
+
+    Args:
+        losses: at least two values; lower is better.
+
+    Returns:
+        The barrier, at least 0; infinity if a loss is not finite.
+
+    Source: Entezari et al. (2022), equation 1; for equal losses at both ends that is Git Re-Basin,
+    definition 2.1 (after Frankle et al., 2020).
+
+    Example:
+        >>> barrier_of([0.0, 2.0, 1.0])
+        1.5
     """
     if not all(map(math.isfinite, losses)):
         return math.inf
@@ -54,18 +67,19 @@ def barrier(
     right: StateDict,
     points: int = LAMBDAS,
 ) -> Barrier:
-    """Measure the barrier between two models.
+    """Measure the loss barrier between two models.
 
     Args:
-        loss: maps a state dict to a quantity of which less is better (for accuracy: the error).
+        loss: maps a state dict to a number; lower is better (for accuracy, pass the error).
         left: state dict at lambda 0.
         right: state dict at lambda 1.
-        points: number of points, ends included; odd, at least 3.
+        points: number of points, endpoints included; odd and at least 3.
 
     Raises:
-        ValueError: fewer than 3 points, an even number, or state dicts that differ in their keys.
+        ValueError: `points` is even or less than 3, or the state dicts differ in keys or shapes.
 
-    Source: Frankle et al. (2020), definition 2.1 as in Git Re-Basin.
+    Source: Entezari et al. (2022), equation 1; for equal losses at both ends that is Git Re-Basin,
+    definition 2.1 (after Frankle et al., 2020).
 
     Example:
         >>> zero, two = {"x": torch.zeros(1)}, {"x": 2 * torch.ones(1)}
@@ -83,7 +97,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Return the share of rows whose largest entry is the label, in [0, 1].
 
     Args:
-        probabilities: shape `(n, classes)`; logits do as well.
+        probabilities: shape `(n, classes)`; logits work as well.
         labels: int64, shape `(n,)`.
     """
     return float((probabilities.argmax(1) == labels).double().mean())
@@ -93,7 +107,7 @@ def log_loss(probabilities: Tensor, labels: Tensor) -> float:
     """Return the mean negative log-likelihood in nats.
 
     Args:
-        probabilities: shape `(n, classes)`, rows sum to 1.
+        probabilities: shape `(n, classes)`; each row sums to 1.
         labels: int64, shape `(n,)`.
     """
     tiny = torch.finfo(probabilities.dtype).tiny
@@ -101,10 +115,12 @@ def log_loss(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the gap between top-label confidence and accuracy, weighted over equal-width bins.
+    """Return the expected calibration error of the top label, over equal-width bins.
+
+        sum over bins b of  (n_b / n) * |accuracy(b) - mean confidence(b)|
 
     Args:
-        probabilities: shape `(n, classes)`, rows sum to 1.
+        probabilities: shape `(n, classes)`; each row sums to 1.
         labels: int64, shape `(n,)`.
         bins: number of bins over [0, 1].
 
@@ -116,7 +132,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     """
     confidence, predicted = probabilities.double().max(1)
     hit = (predicted == labels).double()
-    # Bins are half-open on the left, so that a confidence of 1 falls in the last one.
+    # Bins are open on the left, so a confidence of 1 falls into the last one.
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, confidence - hit)
     return float(gap.abs().sum() / len(labels))

@@ -64,7 +64,9 @@ class Federation:
         self.grid.get_node_ids.side_effect = lambda: list(self.apps)
         self.grid.send_and_receive.side_effect = self.deliver
 
-    def deliver(self, messages: Iterable[Message], *, timeout: float | None) -> list[Message]:
+    def deliver(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
         replies = []
         for message in messages:
             self.sent.append(message)

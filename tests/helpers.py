@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from zoo import ZOO, Entry
 
-from fl_rebasin import PermutationSpec, derive_spec
+from fl_rebasin import Permutation, PermutationSpec, derive_spec
 
 State = dict[str, Tensor]
 
 
-def lively(entry: Entry, seed: int) -> nn.Module:
+def generic(entry: Entry, seed: int) -> nn.Module:
     """A float64 model in which no parameter or buffer is constant, and without dropout."""
     generator = torch.Generator().manual_seed(seed)
     model = entry.build().double()
@@ -39,15 +39,24 @@ def state_of(model: nn.Module) -> State:
 
 
 def random_state(entry: Entry, seed: int) -> State:
-    """A float32 state dict of a lively model."""
+    """A float32 state dict of a generic model."""
     return {
         key: value.float() if value.is_floating_point() else value
-        for key, value in state_of(lively(entry, seed)).items()
+        for key, value in state_of(generic(entry, seed)).items()
     }
 
 
 def spec_of(entry: Entry) -> PermutationSpec:
     return derive_spec(entry.build(), entry.inputs())
+
+
+def random_order(spec: PermutationSpec, seed: int) -> Permutation:
+    return spec.random(torch.Generator().manual_seed(seed))
+
+
+def shuffled(spec: PermutationSpec, state: State, seed: int) -> State:
+    """The state dict after a random permutation."""
+    return spec.apply(random_order(spec, seed), state)
 
 
 def random_inputs(entry: Entry, seed: int) -> Any:
@@ -81,7 +90,7 @@ def assert_same(
         )
 
 
-def near(state: State, seed: int, scale: float = 1e-3) -> State:
+def nearby(state: State, seed: int, scale: float = 1e-3) -> State:
     """A state dict close by, as after a little training; integers count on."""
     generator = torch.Generator().manual_seed(seed)
     return {

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""The command line: what it prints to stdout and stderr, and its exit codes."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from fl_rebasin.describe import main
 SMALL = ("torchvision:squeezenet1_1", "--input", "1,3,64,64")
 
 MODELS = '''
-"""Models to be described."""
+"""Models to describe."""
 
 import warnings
 
@@ -40,7 +40,7 @@ class Spare(Plain):
 
 
 class Words(Plain):
-    """Takes token numbers, and weights of floats."""
+    """Takes token indices and float weights."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Words(Plain):
         return super().forward(self.embed(tokens) * weights)
 
 
-class Needy(Plain):
+class NeedsArguments(Plain):
     def __init__(self, config):
         super().__init__(config.width)
 
@@ -72,7 +72,7 @@ class Failing:
         raise RuntimeError("no weights\\nin this folder")
 
 
-class Silent:
+class Wordless:
     def __init__(self):
         raise KeyError()
 
@@ -110,7 +110,7 @@ number = 3
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an importable module with models."""
+    """Return the name of an importable module with models."""
     name = "models_of_test_describe"
     (tmp_path / f"{name}.py").write_text(MODELS)
     (tmp_path / "torn_of_test_describe.py").write_text("def torn(:\n")
@@ -123,7 +123,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
-    """One line on stderr that says what is wrong, nothing on stdout, exit code 2."""
+    """Check for one line on stderr that says what is wrong, and for exit code 2."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -133,7 +133,7 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], words
     assert words in lines[0]
 
 
-def test_a_model_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_torchvision_model_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SMALL) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -145,7 +145,7 @@ def test_a_backbone_is_not_downloaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("weights are asked for")
+        raise AssertionError("weights are requested")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
@@ -171,7 +171,7 @@ def test_a_backbone_is_not_downloaded(
         ("Words", ["2,3:int32", "2,3,1"], "first#2     4  first.weight[1], embed.weight[1]"),
     ],
 )
-def test_a_model_of_ones_own(
+def test_a_users_model_is_described(
     member: str, inputs: list[str], group: str, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [part for text in inputs for part in ("--input", text)]
@@ -184,13 +184,13 @@ def test_a_model_of_ones_own(
 @pytest.mark.parametrize(
     ("member", "inputs", "words"),
     [
-        ("Needy", [], "cannot be called without arguments: TypeError: Needy.__init__() missing 1"),
+        ("NeedsArguments", [], "TypeError: NeedsArguments.__init__() missing 1"),
         ("Failing", [], "RuntimeError: no weights in this folder"),
-        ("Silent", [], "cannot be called without arguments: KeyError"),
+        ("Wordless", [], "cannot be called without arguments: KeyError"),
         ("number", [], "cannot be called without arguments: TypeError: 'int' object"),
-        ("text", [], "gives a str, not a module"),
-        ("triple", [], "gives a tuple, not a module"),
-        ("pair_of_texts", [], "gives a str, not a module"),
+        ("text", [], "returns a str, not a torch.nn.Module"),
+        ("triple", [], "returns a tuple, not a torch.nn.Module"),
+        ("pair_of_texts", [], "returns a str, not a torch.nn.Module"),
         ("gone", [], "cannot be imported: AttributeError"),
         ("Family.gone", [], "cannot be imported: AttributeError"),
         ("Plain", ["2,5"], "cannot be run on the example inputs"),
@@ -199,7 +199,7 @@ def test_a_model_of_ones_own(
         ("Plain", [], "cannot be run on the example inputs (1, 3, 224, 224) float32 on cpu"),
     ],
 )
-def test_what_cannot_be_described_is_told_in_a_line(
+def test_a_model_that_cannot_be_described_gives_one_line(
     member: str, inputs: list[str], words: str, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [part for text in inputs for part in ("--input", text)]
@@ -220,7 +220,7 @@ def test_what_cannot_be_described_is_told_in_a_line(
         ("raising_of_test_describe:Plain", "cannot be imported: OSError: [Errno 5] no disk"),
     ],
 )
-def test_unknown_models_are_told_in_a_line(
+def test_an_unknown_model_gives_one_line(
     name: str, words: str, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_error(capsys, [name], words)
@@ -230,7 +230,7 @@ def test_unknown_models_are_told_in_a_line(
     "text",
     ["", "a", "1,,3", "1.5,3", "0,3", "-1,3", "1,3:float31", "1,3:nn", "1x3", "(1,3)", ":int64"],
 )
-def test_wrong_inputs_are_shown_with_right_ones(
+def test_an_error_about_inputs_shows_valid_ones(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"--input {text!r}: give sizes and a dtype, as in 1,3,32,32 or 2,16:int64"
@@ -238,14 +238,14 @@ def test_wrong_inputs_are_shown_with_right_ones(
 
 
 @pytest.mark.parametrize("text", ["999999999999,9999999", "9" * 30])
-def test_inputs_that_cannot_be_made_are_told_in_a_line(
+def test_inputs_that_cannot_be_created_give_one_line(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"--input '{text}' cannot be made: "
+    words = f"--input '{text}': cannot create this tensor: "
     assert_error(capsys, ["torchvision:squeezenet1_1", "--input", text], words)
 
 
-def test_no_model_at_all_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2
@@ -259,7 +259,7 @@ def test_no_model_at_all_is_explained(capsys: pytest.CaptureFixture[str]) -> Non
         ("Warning", "warning: weights are fresh"),
     ],
 )
-def test_warnings_are_lines_beside_the_result(
+def test_warnings_go_to_stderr_one_line_each(
     member: str, words: str, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([f"{models}:{member}", "--input", "2,4"]) == 0
@@ -280,14 +280,14 @@ def test_warnings_come_before_an_error(models: str, capsys: pytest.CaptureFixtur
 
 def test_the_spec_is_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "spec.json"
-    file.write_text("what was there before")
+    file.write_text("earlier content")
     assert main([*SMALL, "--json", str(file)]) == 0
     spec = spec_from_json(file.read_text(), squeezenet1_1())
     assert capsys.readouterr().out == f"{spec}\n"
     assert spec == derive_spec(squeezenet1_1(), torch.zeros(1, 3, 64, 64))
 
 
-def test_a_file_that_cannot_be_written_is_told_in_a_line(
+def test_a_file_that_cannot_be_written_gives_one_line(
     tmp_path: Path, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.iterdir())
@@ -300,7 +300,7 @@ def test_a_file_that_cannot_be_written_is_told_in_a_line(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
-def test_nothing_is_written_where_there_is_no_spec(
+def test_without_a_spec_no_file_is_written(
     tmp_path: Path, models: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "spec.json"

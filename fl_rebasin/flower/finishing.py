@@ -12,11 +12,11 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.aggregation import is_usable
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.questions import printable
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs
-from fl_rebasin.merging.finishing import Finish, FinishingStep
+from fl_rebasin.merging.finishing_step import Finish, FinishingStep
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,84 @@ class Variant:
     applied: bool = True
 
 
-def bind_steps(
-    steps: Sequence[FinishingStep], model: nn.Module, example_inputs: Any
-) -> list[BoundStep]:
-    """Return the steps that have something to do for an architecture.
+@dataclass(frozen=True)
+class Finishing:
+    """The finishing steps of a run, bound to its architecture.
 
-    Raises:
-        TypeError: an item is not a finishing step.
-        ValueError: a step does not fit the architecture.
+    Attributes:
+        steps: the steps in order; those without anything to do for the architecture are left out.
+        baseline: what an aggregated model needs without these steps: BatchNorm statistics, if any.
+        needs_models: whether a step needs the clients' aligned models.
+        keep_all: whether all models on the way may be chosen, or only the last one.
     """
+
+    steps: Sequence[BoundStep]
+    baseline: Sequence[BoundStep]
+    needs_models: bool
+    keep_all: bool
+
+    @classmethod
+    def bind(
+        cls, steps: Sequence[FinishingStep], model: nn.Module, inputs: Any, *, keep_all: bool
+    ) -> Finishing:
+        """Bind steps to an architecture.
+
+        Raises:
+            TypeError: an item is not a finishing step.
+            ValueError: a step does not fit the architecture.
+        """
+        baseline = [BatchNorm()] if steps else []
+        return cls(
+            _bound(steps, model, inputs),
+            _bound(baseline, model, inputs),
+            any(step.needs_models for step in steps),
+            keep_all,
+        )
+
+    def apply(
+        self, arrays: ArrayRecord, clients: RoundClients, number: int
+    ) -> tuple[list[Variant], list[Costs]]:
+        """Run the steps on an aggregated model.
+
+        Args:
+            arrays: the aggregated model.
+            clients: the round's clients.
+            number: number of the round.
+
+        Returns:
+            The models to choose from, and what the questions to the clients cost.
+        """
+        plain = Variant("", arrays, {})
+        found = list(_after_each(self.steps, plain, clients, number))
+        if not self.keep_all:
+            return (found or [plain])[-1:], [variant.costs for variant in found]
+        if not self.steps or self.steps[0].name != BatchNorm.name:
+            found = [*(list(_after_each(self.baseline, plain, clients, number)) or [plain]), *found]
+        usable = [variant for variant in found if variant.applied or not variant.name]
+        return usable, [variant.costs for variant in found]
+
+
+def _bound(steps: Sequence[FinishingStep], model: nn.Module, inputs: Any) -> list[BoundStep]:
     bound = []
     for step in steps:
         if isinstance(step, type) or not callable(getattr(step, "bind", None)):
             raise TypeError(f"finish holds {step!r}: give finishing steps such as BatchNorm()")
-        finish = step.bind(model, example_inputs)
+        finish = step.bind(model, inputs)
         if finish is not None:
             bound.append(BoundStep(step.name, finish))
     return bound
 
 
-def finished(
-    steps: Sequence[BoundStep], arrays: ArrayRecord, clients: RoundClients, server_round: int
+def _after_each(
+    steps: Sequence[BoundStep], variant: Variant, clients: RoundClients, number: int
 ) -> Iterator[Variant]:
-    """Yield an aggregated model after each step.
-
-    Args:
-        steps: the steps in order.
-        arrays: the aggregated model.
-        clients: the round's clients.
-        server_round: number of the round.
-    """
-    current = Variant("", arrays, {})
+    """Yield a model after each of some steps."""
     for step in steps:
-        current = _after(step, current, clients, server_round)
-        yield current
+        variant = _after(step, variant, clients, number)
+        yield variant
 
 
-def _after(step: BoundStep, variant: Variant, clients: RoundClients, server_round: int) -> Variant:
+def _after(step: BoundStep, variant: Variant, clients: RoundClients, number: int) -> Variant:
     """Return a model after one step; unchanged if the result is not finite."""
     state = variant.arrays.to_torch_state_dict()
     result = step.finish(state, clients)
@@ -97,28 +138,6 @@ def _after(step: BoundStep, variant: Variant, clients: RoundClients, server_roun
     if result.state_dict is state:
         return Variant(name, variant.arrays, result.costs, result.applied)
     arrays = ArrayRecord(dict(result.state_dict))
-    if not is_usable(arrays, server_round):
+    if not is_usable(arrays, number):
         return Variant(name, variant.arrays, result.costs, applied=False)
     return Variant(name, arrays, result.costs, result.applied)
-
-
-def variants(
-    steps: Sequence[BoundStep],
-    baseline: Sequence[BoundStep],
-    arrays: ArrayRecord,
-    clients: RoundClients,
-    server_round: int,
-) -> Iterator[Variant]:
-    """Yield the models that a guard can choose from: the baseline, and the model after each step.
-
-    Args:
-        steps: the steps in order.
-        baseline: what an aggregated model needs without these steps: BatchNorm statistics, if any.
-        arrays: the aggregated model.
-        clients: the round's clients.
-        server_round: number of the round.
-    """
-    if not steps or steps[0].name != BatchNorm.name:
-        plain = Variant("", arrays, {})
-        yield next(finished(baseline, arrays, clients, server_round), plain)
-    yield from finished(steps, arrays, clients, server_round)

@@ -11,7 +11,7 @@ from fl_rebasin.flower.guard import LOSSES
 from fl_rebasin.flower.questions import LoadFn, answer_with
 from fl_rebasin.merging.batchnorm import STATISTICS
 from fl_rebasin.merging.clients import Question
-from fl_rebasin.merging.least_squares.methods import LAYER_SUMS, REGMEAN_SUMS
+from fl_rebasin.merging.least_squares.sums import LAYER_SUMS, REGMEAN_SUMS
 
 QUESTIONS = (STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, LOSSES)
 """Every question of `ReBasinStrategy` and its options."""

@@ -1,4 +1,4 @@
-"""A grid that hands replies over one by one, so that nobody holds those that have been read."""
+"""A grid that hands over replies one at a time, so that each can be released once it is read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from flwr.supercore import log
 from fl_rebasin.flower.questions import reason
 
 POLL_SECONDS = 3.0
-"""Pause between two looks for replies, as in Flower, where the grid does not say."""
+"""Pause between two polls for replies if the grid does not set one; Flower's own default."""
 
 
 class LazyGrid(Grid):
-    """Another grid, whose replies are an iterator instead of a list.
+    """Wraps a grid: its replies come as an iterator instead of a list.
 
     Args:
         grid: the ServerApp's grid.
-        lazy: leave each reply where it is until it is asked for. Else all of them are received
+        lazy: pull each reply only when the caller asks for it. Otherwise receive all of them
             first.
     """
 
@@ -33,7 +33,7 @@ class LazyGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Send messages; return an iterator over the replies, each of them gone once taken."""
+        """Send messages, and return an iterator that drops each reply as it yields it."""
         if not self._lazy:
             return _popped(list(self._grid.send_and_receive(messages, timeout=timeout)))
         return self._pulled(list(self._grid.push_messages(messages)), timeout)
@@ -41,13 +41,14 @@ class LazyGrid(Grid):
     def _pulled(self, message_ids: list[str], timeout: float | None) -> Iterator[Message]:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
-            # Decided before the look: who takes a reply may take long, and meanwhile others come.
+            # Decided before the poll: the caller may work on a reply for long, while others arrive.
             last = time.monotonic() >= end
             for message_id in list(message_ids):
                 try:
                     replies = list(self._grid.pull_messages([message_id]))
                 except (TypeError, ValueError, LookupError, AssertionError) as error:
-                    # What Flower raises where a reply cannot be parsed; the others still can.
+                    # Flower raises these for a reply that it cannot parse; the others still can
+                    # be pulled.
                     log(WARNING, "a reply dropped: it cannot be parsed: %s", reason(error))
                     message_ids.remove(message_id)
                     continue
@@ -59,12 +60,12 @@ class LazyGrid(Grid):
             time.sleep(getattr(self._grid, "pull_interval", POLL_SECONDS))
 
     def set_run(self, *args: Any, **kwargs: Any) -> None:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         self._grid.set_run(*args, **kwargs)
 
     @property
     def run(self) -> Any:
-        """As the grid."""
+        """The wrapped grid's run."""
         return self._grid.run
 
     def create_message(
@@ -75,27 +76,28 @@ class LazyGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         return self._grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[Any]:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the grid."""
+        """Delegate to the wrapped grid."""
         return self._grid.pull_messages(message_ids)
 
 
 def _popped(replies: list[Message]) -> Iterator[Message]:
+    """Yield the replies in order, and remove each from the list first."""
     replies.reverse()
     while replies:
         yield replies.pop()

@@ -1,8 +1,7 @@
-"""`rebasin_mod`: a client aligns what it trained to the global model before it uploads it."""
+"""`rebasin_mod`: a client aligns its trained model to the global model before the upload."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_rebasin.flower.questions import LoadFn, reason
+from fl_rebasin.flower.replies import only_arrays, reply_with_content
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.objective import check_finite
 from fl_rebasin.matching.weights import Match, match_weights
@@ -25,33 +25,35 @@ from fl_rebasin.symmetry.spec import PermutationSpec
 def rebasin_mod(
     model: nn.Module, example_inputs: ExampleInputs, *, load: LoadFn | None = None
 ) -> Mod:
-    """Return a mod that permutes a client's trained model to the unit order of the global one.
+    """Return a mod that permutes a client's trained model to the unit order of the global model.
 
-    The server needs nothing of this package and sees no unaligned model: it works with plain
-    FedAvg, and inside Flower's clipping, differential privacy and secure aggregation. Those have
-    to work on what is uploaded, so list this mod last; the first is the outermost.
+    The server does not need this package, and never sees an unaligned model. It works with plain
+    FedAvg, and together with Flower's clipping, differential privacy and secure aggregation. Those
+    mods must process the aligned model, so list this mod last (Flower runs the first mod
+    outermost):
 
     - `@app.train(mods=[rebasin_mod(...)])`, or `ClientApp(mods=[rebasin_mod(...)])`
     - `@app.train(mods=[fixedclipping_mod, rebasin_mod(...)])`
     - `@app.train(mods=[LocalDpMod(...), rebasin_mod(...)])`
-    - `ClientApp(client_fn, mods=[secaggplus_mod, rebasin_mod(...)])`, Flower's older interface,
-      where arrays have no names: they are taken to be in the order of `model.state_dict()`
+    - `ClientApp(client_fn, mods=[secaggplus_mod, rebasin_mod(...)])`, Flower's legacy interface,
+      where arrays have no names: they must be in the order of `model.state_dict()`
 
-    Only training messages are touched, and of the reply only the values of its arrays: names,
-    order and dtypes stay, and so does every bit if no unit has to move. A reply or a global model
-    that is of another architecture, or holds NaN or infinite values, is left to the server: the
-    reply is handed on as it is, with a warning in the log. So is one whose activations cannot be
-    compared. What `load` or the client itself raises is not caught.
+    The mod changes only replies to training messages, and in them only the values of the arrays.
+    Names, order and dtypes stay the same, and so does every bit if no unit has to move. The mod
+    logs a warning and returns the reply unchanged if the reply or the global model belongs to
+    another architecture or holds NaN or infinite values, or if the activations cannot be
+    compared. It does not catch errors that `load` or the client raises.
 
     Args:
-        model: a module of the federation's architecture, any weights; not changed or kept.
-        example_inputs: inputs that `model` runs on; only shapes and dtypes matter.
+        model: a module of the federation's architecture, with any weights; neither changed nor
+            kept.
+        example_inputs: inputs that `model` runs on; only their shapes and dtypes matter.
         load: returns a module of the architecture, whose weights are overwritten, and batches of
-            the client's inputs, as for `add_rebasin_handlers`. With it units are matched by
-            their activations on these data, without it by their weights.
+            the client's inputs, as for `add_rebasin_handlers`. With it, units are matched by
+            their activations on this data; without it, by their weights.
 
     Raises:
-        SpecError: no spec can be derived from model and inputs.
+        SpecError: no spec can be derived from the model and inputs.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), sections 3.1 and 3.2.
 
@@ -60,23 +62,23 @@ def rebasin_mod(
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> app = ClientApp(mods=[rebasin_mod(net, torch.zeros(1, 4))])
     """
-    # Now, not in the first round: the simulation engine sends the app anew with every message, so
-    # that it must carry the spec, and no model.
+    # Derive the spec now: the simulation engine sends the app with every message, so the mod must
+    # be small and must not have to derive the spec again.
     return _ReBasinMod(derive_spec(model, example_inputs), tuple(model.state_dict()), load)
 
 
 class _UnfitError(ValueError):
-    """A model that cannot be aligned, or not aligned to."""
+    """The trained model cannot be aligned to the global model."""
 
 
 @dataclass(frozen=True)
 class _ReBasinMod:
-    """The mod: what it knows of the architecture, without weights.
+    """The mod; it holds the architecture's spec but no weights.
 
     Attributes:
-        spec: spec of the architecture.
-        keys: keys of its state dict in their order.
-        load: module and data to match activations on, if any.
+        spec: the permutation spec of the architecture.
+        keys: keys of the state dict, in order.
+        load: returns a module and data for activation matching; None matches weights.
     """
 
     spec: PermutationSpec
@@ -84,10 +86,10 @@ class _ReBasinMod:
     load: LoadFn | None
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Let the client train, then align its reply."""
+        """Let the client train, then align the model in its reply."""
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
             return call_next(message, context)
-        # Copies: the client may write to the message.
+        # Copies, because the client may write to the message.
         received = {
             name: ArrayRecord(dict(record))
             for name, record in message.content.array_records.items()
@@ -99,7 +101,7 @@ class _ReBasinMod:
             reference = self._read(received, "the global model")
             trained = self._read(reply.content.array_records, "the trained model")
         except _UnfitError as error:
-            return _as_it_is(reply, error)
+            return _unaligned(reply, error)
         started = time.perf_counter()
         if self.load is None:
             match = match_weights(self.spec, reference, trained)
@@ -108,40 +110,40 @@ class _ReBasinMod:
             try:
                 match = match_activations(self.spec, module, reference, trained, batches)
             except ValueError as error:
-                return _as_it_is(reply, error)
-        _report(match, time.perf_counter() - started)
+                return _unaligned(reply, error)
+        _log_match(match, time.perf_counter() - started)
         if match.permutation.is_identity:
             return reply
         return _with_tensors(reply, self.spec.apply(match.permutation, trained).values())
 
     def _read(self, records: Mapping[str, ArrayRecord], whose: str) -> dict[str, Tensor]:
-        """Return the tensors of the one ArrayRecord in its order, under the state dict's names.
+        """Return the tensors of the only ArrayRecord, in its order, by state dict key.
 
         Raises:
-            _UnfitError: it is not a model of the architecture with finite values.
+            _UnfitError: the record is not a model of the architecture with finite values.
         """
-        if len(records) != 1:
+        try:
+            _, record = only_arrays(records)
+        except ValueError as error:
             raise _UnfitError(
-                f"{whose}: expected one ArrayRecord, got {len(records)} (rebasin_mod must be the "
-                "last in the list of mods)"
-            )
-        (record,) = records.values()
+                f"{whose}: {error} (rebasin_mod must be the last in the list of mods)"
+            ) from error
         try:
             tensors = [torch.from_numpy(array.numpy()) for array in record.values()]
             state_dict = dict(zip(_names(record, self.keys), tensors, strict=True))
             check_finite(self.spec, state_dict, "its values")
-        except Exception as error:  # Payloads can be anything, and numpy says so in many ways.
+        except Exception as error:  # A payload may hold anything, and NumPy raises many errors.
             raise _UnfitError(f"{whose}: {reason(error)}") from error
         return state_dict
 
 
 def _names(record: ArrayRecord, keys: tuple[str, ...]) -> list[str]:
-    """Return what the arrays of a record are called in the state dict, in the record's order.
+    """Return the state dict keys of a record's arrays, in the record's order.
 
-    Arrays called 0, 1, ... have no names: they go by their places.
+    Arrays named 0, 1, ... have no real names: they get the keys in order.
     """
     names = list(record)
-    if {*names} == {*keys} or names != [str(place) for place in range(len(names))]:
+    if {*names} == {*keys} or names != [str(index) for index in range(len(names))]:
         return names
     if len(names) != len(keys):
         raise _UnfitError(
@@ -152,29 +154,30 @@ def _names(record: ArrayRecord, keys: tuple[str, ...]) -> list[str]:
 
 
 def _with_tensors(reply: Message, tensors: Iterable[Tensor]) -> Message:
-    """Return a copy of a reply whose arrays have other values; the reply stays as it is."""
+    """Return a copy of a reply with other values in its arrays; the reply does not change."""
     ((name, record),) = reply.content.array_records.items()
     arrays = {
-        # What an array says of its dtype and shape still holds, even if that is nothing.
+        # The declared dtype and shape stay valid, even if an array declares neither.
         key: replace(old, data=Array(tensor.numpy()).data)
         for (key, old), tensor in zip(record.items(), tensors, strict=True)
     }
     content = RecordDict(dict(reply.content))
     content[name] = ArrayRecord(arrays)
-    remade = copy.copy(reply)
-    remade.content = content
-    return remade
+    return reply_with_content(reply, content)
 
 
-def _as_it_is(reply: Message, error: Exception) -> Message:
-    """Say why a reply is not aligned, and return it."""
-    log(WARNING, "the trained model is handed on unaligned: %s", reason(error))
+def _unaligned(reply: Message, error: Exception) -> Message:
+    """Log why a reply is not aligned, and return it."""
+    log(WARNING, "the trained model is uploaded unaligned: %s", reason(error))
     return reply
 
 
-def _report(match: Match, seconds: float) -> None:
+def _log_match(match: Match, seconds: float) -> None:
     log(
         INFO,
         "aligned to the global model: similarity %.3f -> %.3f, %s units moved, %.2f s",
-        *(match.similarity_before, match.similarity, match.permutation.moved, seconds),
+        match.similarity_before,
+        match.similarity,
+        match.permutation.moved,
+        seconds,
     )

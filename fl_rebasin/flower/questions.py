@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import nn
 
-from fl_rebasin.flower.arrays import read_head, read_tensor
+from fl_rebasin.flower.arrays import read_header, read_tensor
 from fl_rebasin.merging.clients import Answer, Answers, Cost, Question, Read, Request, Tensors
 
 TIMEOUT = 3600.0
@@ -117,7 +117,7 @@ def tensors_of(content: RecordDict) -> Tensors:
     tensors = {}
     for key, array in record.items():
         try:
-            tensors[key] = read_tensor(array, read_head(array))
+            tensors[key] = read_tensor(array, read_header(array))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
     return tensors

@@ -1,13 +1,14 @@
-"""What a client's reply must be: read once, checked before anything is made of it."""
+"""Reads clients' replies: checks each one before it is used, and builds the ones to hand on."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +16,27 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
-from fl_rebasin.flower.arrays import read_head, read_tensor
+from fl_rebasin.flower.arrays import read_header, read_tensor
 from fl_rebasin.flower.limits import MAX_EXAMPLES
 from fl_rebasin.flower.questions import printable, reason
 from fl_rebasin.state_dicts import StateDict, is_finite
 from fl_rebasin.symmetry.spec import PermutationSpec
 
 MAX_VALUE = 1e60
-"""No parameter is as large; beyond it sums of products overflow even in float64."""
+"""Largest absolute value of a parameter. Sums of products of larger values overflow float64."""
 
 
 @dataclass(frozen=True)
 class ClientModel:
-    """A reply that fits.
+    """A client's model and weight, from a reply that passed all checks.
 
     Attributes:
-        reply: its message, without the model.
+        reply: the message without the model.
         record_name: name of the record that held the model.
         state_dict: the model.
-        weight: its weight.
-        record: the record itself where it can be handed on as it is; its bytes are the model's.
+        weight: the client's weight in the average.
+        record: the record that held the model, if it can be handed on unchanged; it shares its
+            bytes with `state_dict`.
     """
 
     reply: Message
@@ -45,21 +47,21 @@ class ClientModel:
 
     @property
     def node(self) -> int:
-        """The node that replied."""
+        """ID of the node that replied."""
         return int(self.reply.metadata.src_node_id)
 
 
 @dataclass
 class Inbox:
-    """A round's replies, read one by one; what is no good is dropped, counted and named.
+    """Reads the replies of a round one by one; drops, counts and logs the invalid ones.
 
     Attributes:
-        spec: what the models must fit.
+        spec: the permutation spec that the models must fit.
         arrays: the global model, for shapes and dtypes.
-        weighted_by_key: name of the metric that weighs a reply.
-        max_examples: the largest weight.
-        failed: replies of clients that failed.
-        dropped: how many replies were no good.
+        weighted_by_key: name of the metric that weights a reply.
+        max_examples: the largest weight allowed.
+        failed: the replies of clients that report an error.
+        dropped: number of invalid replies.
     """
 
     spec: PermutationSpec
@@ -70,7 +72,7 @@ class Inbox:
     dropped: int = 0
 
     def read(self, replies: Iterable[Message]) -> Iterator[ClientModel]:
-        """Yield the good replies."""
+        """Yield the valid replies."""
         nodes: set[int] = set()
         for reply in replies:
             try:
@@ -81,20 +83,20 @@ class Inbox:
                     reply, self.spec, self.arrays, self.weighted_by_key, self.max_examples
                 )
                 if client.node in nodes:
-                    raise ValueError("it has replied before")
-            except Exception as error:  # A client may send anything; none of it may end the run.
+                    raise ValueError("the node has already replied")
+            except Exception as error:  # A client may send anything, and nothing may end the run.
                 self.dropped += 1
                 log_dropped(reply, reason(error))
                 continue
             nodes.add(client.node)
-            del reply  # What of it is needed is in the client.
+            del reply  # The client holds the parts that are needed.
             yield client
             del client
 
-    def kept(self, clients: Sequence[ClientModel], good: Sequence[bool]) -> list[ClientModel]:
-        """Return those that are good after all, and count the others as dropped."""
-        self.dropped += len(good) - sum(good)
-        return [client for client, each in zip(clients, good, strict=True) if each]
+    def kept(self, clients: Sequence[ClientModel], valid: Sequence[bool]) -> list[ClientModel]:
+        """Return the clients that passed a later check, and count the others as dropped."""
+        self.dropped += len(valid) - sum(valid)
+        return [client for client, each in zip(clients, valid, strict=True) if each]
 
 
 def read_reply(
@@ -104,76 +106,87 @@ def read_reply(
     weighted_by_key: str,
     max_examples: float = MAX_EXAMPLES,
 ) -> ClientModel:
-    """Return model and weight of a reply.
+    """Return the model and the weight of a reply.
 
     Args:
         reply: a reply without error.
-        spec: what the model must fit.
+        spec: the permutation spec that the model must fit.
         arrays: the global model, for shapes and dtypes.
-        weighted_by_key: name of the metric that weighs the reply.
-        max_examples: the largest weight.
+        weighted_by_key: name of the metric that weights the reply.
+        max_examples: the largest weight allowed.
 
     Raises:
-        ValueError: they are not what the global model's shape and the round ask for.
+        ValueError: the reply does not hold exactly one model and one weight, the model does not
+            fit the global one, or a value is not allowed.
     """
-    records = {key: each for key, each in reply.content.items() if isinstance(each, ArrayRecord)}
-    if len(records) != 1:
-        raise ValueError(f"expected one ArrayRecord, got {len(records)}")
-    name, record = next(iter(records.items()))
+    name, record = only_arrays(reply.content)
     weight = _read_weight(reply, weighted_by_key, max_examples)
     _check_metrics(reply)
     spec.check_keys(record)
     state_dict = {}
-    as_wanted = list(record) == list(arrays)
+    reusable = list(record) == list(arrays)
     for key, wanted in arrays.items():
-        dtype, shape = np.dtype(wanted.dtype), tuple(wanted.shape)
-        try:
-            head = read_head(record[key])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-        if head.shape != shape:
-            raise ValueError(f"{key} has shape {head.shape}, the spec expects {shape}")
-        if head.dtype.kind != dtype.kind:
-            raise ValueError(f"{key} is of dtype {head.dtype}, the global model's is {dtype}")
-        said = record[key]
-        as_wanted &= (
-            head.dtype == dtype
-            and not head.fortran
-            and (said.dtype, tuple(said.shape)) == (str(dtype), shape)
-        )
-        values = read_tensor(record[key], head, dtype)
-        _check_values(key, values)
-        state_dict[key] = values
+        state_dict[key], same = _read_values(key, record[key], wanted)
+        reusable &= same
     rest = {key: ArrayRecord() if key == name else each for key, each in reply.content.items()}
-    message = _with_content(reply, RecordDict(rest))
-    return ClientModel(message, name, state_dict, weight, record if as_wanted else None)
+    message = reply_with_content(reply, RecordDict(rest))
+    return ClientModel(message, name, state_dict, weight, record if reusable else None)
 
 
-def _check_values(key: str, values: Tensor) -> None:
-    """Raise `ValueError` for values that are not finite, or beyond any parameter's size."""
+def only_arrays(content: Mapping[str, Any]) -> tuple[str, ArrayRecord]:
+    """Return the name of the only ArrayRecord of a message, and the record.
+
+    Raises:
+        ValueError: there is no ArrayRecord, or more than one.
+    """
+    found = [(key, each) for key, each in content.items() if isinstance(each, ArrayRecord)]
+    if len(found) != 1:
+        raise ValueError(f"expected one ArrayRecord, got {len(found)}")
+    return found[0]
+
+
+def _read_values(key: str, array: Array, wanted: Array) -> tuple[Tensor, bool]:
+    """Return the values of an array in the wanted dtype, and whether it is like the wanted one.
+
+    Raises:
+        ValueError: the array has another shape or kind of dtype, or a value is not allowed.
+    """
+    dtype, shape = np.dtype(wanted.dtype), tuple(wanted.shape)
+    try:
+        header = read_header(array)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if header.shape != shape:
+        raise ValueError(f"{key} has shape {header.shape}, the spec expects {shape}")
+    if header.dtype.kind != dtype.kind:
+        raise ValueError(f"{key} has dtype {header.dtype}, the global model has {dtype}")
+    values = read_tensor(array, header, dtype)
     if not is_finite(values):
         raise ValueError(f"{key} holds NaN or infinite values")
-    # No other dtype holds as much.
+    # No other dtype can hold larger values.
     if values.dtype == torch.float64 and bool((values.abs() > MAX_VALUE).any()):
         raise ValueError(f"{key} holds values beyond {MAX_VALUE:g}")
+    declared = array.dtype, tuple(array.shape)
+    same = header.dtype == dtype and not header.fortran and declared == (str(dtype), shape)
+    return values, same
 
 
 def _metrics(reply: Message) -> list[MetricRecord]:
-    """Return a reply's metric records.
+    """Return the metric records of a reply.
 
-    Flower's own view of them is a reference cycle, which would keep the reply's model in memory.
+    Flower's own view of them is a reference cycle that would keep the reply's model in memory.
     """
     return [each for each in reply.content.values() if isinstance(each, MetricRecord)]
 
 
 def _read_weight(reply: Message, key: str, most: float) -> float:
-    """Return the one number by which a reply is weighed.
+    """Return the number that weights a reply.
 
     Raises:
-        ValueError: it has none, or one that no number of examples can be.
+        ValueError: there is no such number, or it cannot be a number of examples.
     """
     found = _metrics(reply)
-    # Flower's strategies take the first record, and end the run if there is another one.
+    # Flower's strategies use the first record, and end the run if there is a second one.
     weight = found[0].get(key) if len(found) == 1 else None
     if not isinstance(weight, (int, float)):
         raise ValueError(f"expected one MetricRecord, with one number {key!r}")
@@ -183,7 +196,7 @@ def _read_weight(reply: Message, key: str, most: float) -> float:
 
 
 def _check_metrics(reply: Message) -> None:
-    """Raise `ValueError` for an integer that no float can hold: averaging it would end the run."""
+    """Raise `ValueError` for an integer too large for a float: averaging it would end the run."""
     for metrics in _metrics(reply):
         for key, value in metrics.items():
             for number in value if isinstance(value, list) else [value]:
@@ -198,11 +211,11 @@ def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: 
 
     Args:
         reply: a reply without error.
-        weighted_by_key: name of the metric that weighs it, if the strategy weighs.
-        max_examples: the largest weight.
+        weighted_by_key: name of the metric that weights it; None if the strategy does not weight.
+        max_examples: the largest weight allowed.
 
     Raises:
-        ValueError: its weight is none, or a metric is not finite.
+        ValueError: the weight is missing or not allowed, or a metric is not finite.
     """
     if weighted_by_key is not None:
         _read_weight(reply, weighted_by_key, max_examples)
@@ -216,14 +229,15 @@ def check_evaluation(reply: Message, weighted_by_key: str | None, max_examples: 
 def valid_evaluations(
     replies: Iterable[Message], weighted_by_key: str | None, max_examples: float
 ) -> list[Message]:
-    """Return the replies to an evaluation that are good or failed; name the others in the log.
+    """Return the replies to an evaluation that are valid or report an error; log the others.
 
     Args:
-        replies: what came.
-        weighted_by_key: name of the metric that weighs a reply, if the strategy weighs.
-        max_examples: the largest weight.
+        replies: all replies of the round.
+        weighted_by_key: name of the metric that weights a reply; None if the strategy does not
+            weight.
+        max_examples: the largest weight allowed.
     """
-    good: list[Message] = []
+    valid: list[Message] = []
     failed: list[Message] = []
     for reply in replies:
         try:
@@ -231,24 +245,23 @@ def valid_evaluations(
                 failed.append(reply)
                 continue
             check_evaluation(reply, weighted_by_key, max_examples)
-            good.append(reply)
-        except Exception as error:  # A client may send anything; none of it may end the run.
+            valid.append(reply)
+        except Exception as error:  # A client may send anything, and nothing may end the run.
             log_dropped(reply, reason(error))
-    return failed + [
-        reply for reply, usual in zip(good, have_usual_records(good), strict=True) if usual
-    ]
+    usual = have_usual_records(valid)
+    return failed + [reply for reply, each in zip(valid, usual, strict=True) if each]
 
 
 def log_dropped(reply: Message, why: str) -> None:
-    """Name a reply that is dropped, and the reason, in the log."""
+    """Log that a reply is dropped, and why."""
     log(WARNING, "reply of node %s dropped: %s", reply.metadata.src_node_id, why)
 
 
 def read_label_counts(reply: Message, key: str) -> Tensor:
-    """Return how many training examples of each class a reply reports, shape `(classes,)`.
+    """Return the number of training examples of each class in a reply, shape `(classes,)`.
 
     Raises:
-        ValueError: it reports no list of numbers.
+        ValueError: the reply has no such list, or an entry cannot be a number of examples.
     """
     found = [metrics[key] for metrics in _metrics(reply) if key in metrics]
     if len(found) != 1 or not isinstance(found[0], list):
@@ -256,78 +269,80 @@ def read_label_counts(reply: Message, key: str) -> Tensor:
     counts = torch.tensor(found[0], dtype=torch.float64)
     if not bool(((counts >= 0) & (counts <= MAX_EXAMPLES)).all()):  # Written so that NaN fails.
         raise ValueError(
-            f"{key} holds what is no number of examples: {str(found[0])[:40]}; they must be at "
-            f"least 0 and at most {MAX_EXAMPLES:.0e}"
+            f"{key} must list numbers of examples from 0 to {MAX_EXAMPLES:.0e}, got "
+            f"{str(found[0])[:40]}"
         )
     return counts
 
 
 def have_usual_records(replies: Sequence[Message]) -> list[bool]:
-    """Return of each reply whether its records are named as in most; Flower needs them so."""
+    """Return for each reply whether its records have the same layout as those of most replies.
 
-    def records(reply: Message) -> str:
-        return repr(
-            sorted(
-                (
-                    name,
-                    type(record).__name__,
-                    sorted(
-                        (key, len(value) if isinstance(value, list) else -1)
-                        for key, value in record.items()
-                    )
-                    if isinstance(record, MetricRecord)
-                    else [],
-                )
-                for name, record in reply.content.items()
-            )
-        )
-
-    found = [records(reply) for reply in replies]
-    usual = Counter(found).most_common(1)[0][0] if found else ""
-    for reply, names in zip(replies, found, strict=True):
-        if names != usual:
+    Flower aggregates only replies of one layout. The other replies are logged as dropped.
+    """
+    layouts = [_layout(reply) for reply in replies]
+    usual = Counter(layouts).most_common(1)[0][0] if layouts else ""
+    for reply, layout in zip(replies, layouts, strict=True):
+        if layout != usual:
             log_dropped(
-                reply, f"its records are not named as those of the others: {printable(names)}"
+                reply, f"its records differ from those of most replies: {printable(layout)}"
             )
-    return [names == usual for names in found]
+    return [layout == usual for layout in layouts]
+
+
+def _layout(reply: Message) -> str:
+    """Return the names and types of a reply's records, with the keys and lengths of metrics."""
+    layout = []
+    for name, record in reply.content.items():
+        metrics = record if isinstance(record, MetricRecord) else {}
+        lengths = {
+            key: len(each) if isinstance(each, list) else -1 for key, each in metrics.items()
+        }
+        layout.append((name, type(record).__name__, sorted(lengths.items())))
+    return repr(sorted(layout))
 
 
 def reply_with_model(client: ClientModel, tensors: Iterable[tuple[str, Tensor]]) -> Message:
-    """Return a client's reply with a model, whose tensors are taken one at a time."""
+    """Return a client's reply with another model; its tensors are consumed one at a time."""
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord({key: Array(value.numpy()) for key, value in tensors})
-    return _with_content(client.reply, content)
+    return reply_with_content(client.reply, content)
 
 
 def unchanged_reply(client: ClientModel, arrays: ArrayRecord) -> Message:
-    """Return a client's reply with the model that came, in the global model's key order."""
+    """Return a client's reply with its own model, in the global model's key order."""
     if client.record is None:
         return reply_with_model(client, ((key, client.state_dict[key]) for key in arrays))
     content = RecordDict(dict(client.reply.content))
     content[client.record_name] = ArrayRecord(dict(client.record))  # Some strategies clear it.
-    return _with_content(client.reply, content)
+    return reply_with_content(client.reply, content)
 
 
-def _with_content(reply: Message, content: RecordDict) -> Message:
-    """Return a copy of a reply that carries something else; the reply stays as it is."""
+def reply_with_content(reply: Message, content: RecordDict) -> Message:
+    """Return a copy of a reply with other content; the reply itself does not change."""
     remade = copy.copy(reply)
     remade.content = content
     return remade
 
 
 def like_global(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
-    """Return arrays with the key order and the dtypes of a model; integers are rounded.
+    """Return arrays in the key order and the dtypes of a model; integers are rounded.
 
-    Averages of integer buffers come out of Flower as float64.
+    Flower returns averages of integer buffers in float64.
+
+    Raises:
+        ValueError: the keys differ from the model's.
     """
-    if odd := sorted(arrays.keys() ^ model.keys()):
-        raise ValueError(f"the wrapped strategy changed the model's keys: {odd[:3]}")
+    if changed := sorted(arrays.keys() ^ model.keys()):
+        raise ValueError(
+            f"the wrapped strategy changed the model's keys: {changed[:3]} are missing or new"
+        )
     cast = {}
     for key, wanted in model.items():
         array, dtype = arrays[key], np.dtype(wanted.dtype)
         if np.dtype(array.dtype) != dtype:
             values = array.numpy()
-            # np.rint makes a bare number of an array without axes.
+            # np.rint turns an array without axes into a scalar.
             rounded = values if dtype.kind in "fc" else np.asarray(np.rint(values))
             array = Array(rounded.astype(dtype))
         cast[key] = array
@@ -335,5 +350,5 @@ def like_global(arrays: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
 
 
 def all_finite(arrays: ArrayRecord) -> bool:
-    """Whether no value of a model is NaN or infinite."""
-    return all(is_finite(read_tensor(array, read_head(array))) for array in arrays.values())
+    """Return whether all values of a model are finite."""
+    return all(is_finite(read_tensor(array, read_header(array))) for array in arrays.values())

@@ -19,19 +19,21 @@ class Round:
     """One round of training.
 
     Attributes:
+        number: number of the round, from 1.
         spec: spec of all models.
         arrays: the global model that the round starts from.
         global_model: the same as a state dict.
         grid: the ServerApp's grid.
     """
 
+    number: int
     spec: PermutationSpec
     arrays: ArrayRecord
     global_model: StateDict
     grid: Grid
 
     @classmethod
-    def begin(cls, spec: PermutationSpec, arrays: ArrayRecord, grid: Grid) -> Round:
+    def begin(cls, number: int, spec: PermutationSpec, arrays: ArrayRecord, grid: Grid) -> Round:
         """Return the round that starts from a global model.
 
         Raises:
@@ -39,7 +41,7 @@ class Round:
         """
         global_model = arrays.to_torch_state_dict()
         check_finite(spec, global_model, "global model")
-        return cls(spec, arrays, global_model, grid)
+        return cls(number, spec, arrays, global_model, grid)
 
     @cached_property
     def reference(self) -> Reference:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
-from torch import Tensor, nn
+from torch import nn
 
-from fl_rebasin.flower.aggregation import Aggregate, adopt, aggregate, check_copyable, copy_of
+from fl_rebasin.flower.aggregation import Aggregate, adopt, aggregate, check_copyable
 from fl_rebasin.flower.align import Aligned, AlignmentMethod, Metrics, WeightMatching
-from fl_rebasin.flower.clients import RoundClients
-from fl_rebasin.flower.finishing import Variant, bind_steps, finished, variants
+from fl_rebasin.flower.candidates import form_candidates
+from fl_rebasin.flower.finishing import Finishing
 from fl_rebasin.flower.guard import Guard
 from fl_rebasin.flower.lazy_grid import LazyGrid
 from fl_rebasin.flower.limits import Limits, update_norm
@@ -26,34 +24,17 @@ from fl_rebasin.flower.replies import (
     Inbox,
     have_usual_records,
     log_dropped,
-    reply_with_model,
-    unchanged_reply,
     valid_evaluations,
 )
 from fl_rebasin.flower.round import Round
-from fl_rebasin.flower.streaming import RunningMean, takes_only_the_mean
+from fl_rebasin.flower.round_clients import RoundClients
+from fl_rebasin.flower.streaming import needs_only_the_mean, sum_one_by_one
 from fl_rebasin.flower.wrapper import WrappedStrategy, levels
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs, total_costs
-from fl_rebasin.merging.finishing import FinishingStep
-from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.merging.finishing_step import FinishingStep
 from fl_rebasin.symmetry.derive import ExampleInputs, derive_spec
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that a round may end with.
-
-    Attributes:
-        arrays: the model; None if the strategy aggregated none, or one that is not finite.
-        metrics: what the strategy aggregated of the replies' metrics.
-        strategy: the strategy that aggregated it, in the state that goes with the model.
-    """
-
-    arrays: ArrayRecord | None
-    metrics: MetricRecord | None
-    strategy: Strategy
 
 
 class ReBasinStrategy(WrappedStrategy):
@@ -105,7 +86,7 @@ class ReBasinStrategy(WrappedStrategy):
         {'0': 8}
     """
 
-    transient = frozenset({"_round", "_steps", "_baseline"})
+    transient = frozenset({"_round", "_finishing"})
 
     def __init__(
         self,
@@ -124,14 +105,15 @@ class ReBasinStrategy(WrappedStrategy):
         _check_kind("limits", limits, "Limits(min_replies=2)", isinstance(limits, Limits))
         if isinstance(finish, str) or not isinstance(finish, Sequence):
             raise TypeError(f"finish is {finish!r}: give a list of steps, such as [BatchNorm()]")
+        self.model = model
         self.align = align
         self.finish = tuple(finish)
         self.guard = guard
         self.limits = limits
         self.spec: PermutationSpec = derive_spec(model, example_inputs)
-        self._steps = bind_steps(self.finish, model, example_inputs)
-        self._baseline = bind_steps([BatchNorm()] if self.finish else [], model, example_inputs)
-        self._keeps_models = any(step.needs_models for step in self.finish)
+        self._finishing = Finishing.bind(
+            self.finish, model, example_inputs, keep_all=guard is not None
+        )
         if guard is not None:
             check_copyable(self.strategy)
         self._round: Round | None = None
@@ -147,8 +129,8 @@ class ReBasinStrategy(WrappedStrategy):
             self.align is not None
             and self.align.one_by_one
             and self.guard is None
-            and not self._keeps_models
-            and takes_only_the_mean(self.strategy)
+            and not self._finishing.needs_models
+            and needs_only_the_mean(self.strategy)
         )
 
     @property
@@ -165,7 +147,7 @@ class ReBasinStrategy(WrappedStrategy):
             SpecError: the global model does not have the architecture that the spec was derived
                 from, or holds NaN or infinite values.
         """
-        self._round = Round.begin(self.spec, arrays, grid)
+        self._round = Round.begin(server_round, self.spec, arrays, grid)
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
@@ -178,16 +160,15 @@ class ReBasinStrategy(WrappedStrategy):
         current = self._round
         inbox = Inbox(self.spec, current.arrays, self.weighted_by_key, self.limits.max_examples)
         if self._streams:
-            return self._aggregate_one_by_one(current, server_round, inbox, replies)
+            return self._aggregate_one_by_one(current, inbox, replies)
         clients, aligned = self._align(current, inbox, replies)
         if len(clients) < self.limits.min_replies:
-            return self._no_result(server_round, inbox, len(clients))
+            return self._no_result(current, inbox, len(clients))
         alignments = {"aligned": aligned.permutations}
         if self.guard is not None:
             alignments = self.guard.alignments(current, clients, aligned.permutations)
-        nodes = RoundClients(current.grid, {client.node: client.reply for client in clients})
-        candidates, costs = self._candidates(
-            current, server_round, inbox, clients, alignments, nodes
+        candidates, costs = form_candidates(
+            self.strategy, current, clients, inbox.failed, alignments, self._finishing
         )
         models = {
             name: candidate.arrays
@@ -200,7 +181,7 @@ class ReBasinStrategy(WrappedStrategy):
             return None, last.metrics
         name, judged = next(iter(models)), Metrics()
         if self.guard is not None:
-            choice = self.guard.choose(current.grid, nodes.ids, models)
+            choice = self.guard.choose(current.grid, [c.node for c in clients], models)
             name, judged = choice.name, choice.metrics
         chosen = candidates[name]
         adopt(self.strategy, chosen.strategy, current.grid)
@@ -262,140 +243,39 @@ class ReBasinStrategy(WrappedStrategy):
         )
         return False
 
-    def _candidates(
-        self,
-        current: Round,
-        server_round: int,
-        inbox: Inbox,
-        clients: list[ClientModel],
-        alignments: Mapping[str, Sequence[Permutation]],
-        nodes: RoundClients,
-    ) -> tuple[dict[str, Candidate], list[Costs]]:
-        """Aggregate each alignment, and finish the results.
-
-        Returns:
-            The candidates by name, and what the questions to the clients cost.
-        """
-        candidates: dict[str, Candidate] = {}
-        costs: list[Costs] = []
-        for place, (name, permutations) in enumerate(alignments.items(), 1):
-            alone, last = len(alignments) == 1, place == len(alignments)
-            # The wrapped strategy may keep state: each candidate has a copy of its own.
-            trial = self.strategy if alone else copy_of(self.strategy, current.grid)
-            rebuilt, models = self._rebuilt(current, clients, permutations, last=last)
-            arrays, metrics = aggregate(
-                trial, current.arrays, server_round, [*inbox.failed, *rebuilt]
-            )
-            del rebuilt
-            # Flower's views of records are reference cycles, which would keep all the models.
-            gc.collect(1)
-            if arrays is None:
-                candidates[name] = Candidate(None, metrics, trial)
-                continue
-            found, spent = self._finished(arrays, replace(nodes, models=models), server_round)
-            costs += spent
-            for variant in found:
-                candidates[name + variant.name] = Candidate(variant.arrays, metrics, trial)
-        return candidates, costs
-
-    def _finished(
-        self, arrays: ArrayRecord, nodes: RoundClients, server_round: int
-    ) -> tuple[list[Variant], list[Costs]]:
-        """Return the models to choose from, and what the questions to the clients cost."""
-        if self.guard is None:
-            steps = list(finished(self._steps, arrays, nodes, server_round))
-            return (steps or [Variant("", arrays, {})])[-1:], [step.costs for step in steps]
-        found = list(variants(self._steps, self._baseline, arrays, nodes, server_round))
-        usable = [variant for variant in found if variant.applied or not variant.name]
-        return usable, [variant.costs for variant in found]
-
-    def _rebuilt(
-        self,
-        current: Round,
-        clients: list[ClientModel],
-        permutations: Sequence[Permutation],
-        *,
-        last: bool,
-    ) -> tuple[list[Message], dict[int, StateDict]]:
-        """Return replies with permuted models, and the models by node if a step needs them.
-
-        The last time each model is released as soon as its reply is rebuilt.
-        """
-        rebuilt: list[Message] = []
-        models: dict[int, StateDict] = {}
-        for place, (client, permutation) in enumerate(zip(clients, permutations, strict=True)):
-            model: StateDict = client.state_dict
-            if permutation.is_identity:
-                rebuilt.append(unchanged_reply(client, current.arrays))
-            elif self._keeps_models:
-                model = self.spec.apply(permutation, model)
-                rebuilt.append(
-                    reply_with_model(client, ((key, model[key]) for key in current.arrays))
-                )
-            else:
-                rebuilt.append(reply_with_model(client, _moved(current, client, permutation)))
-            if self._keeps_models:
-                models[client.node] = model
-            elif last:
-                clients[place] = replace(client, state_dict={}, record=None)
-        return rebuilt, models
-
     def _aggregate_one_by_one(
-        self, current: Round, server_round: int, inbox: Inbox, replies: Iterable[Message]
+        self, current: Round, inbox: Inbox, replies: Iterable[Message]
     ) -> Aggregate:
         """Align each reply to the global model as it arrives, and keep only the sum."""
         assert self.align is not None
-        started = time.perf_counter()
-        mean = RunningMean(current.arrays)
-        units = 0
-        for client in inbox.read(replies):
-            permutation = self.align.align_one(current, client)
-            if inbox.kept([client], [self._is_near(current, client, permutation)]):
-                mean.add(client, self.spec.apply(permutation, client.state_dict))
-                units += permutation.moved
-            del client  # Before the next one is read.
+        align_one = self.align.align_one
+
+        def is_near(client: ClientModel, permutation: Permutation) -> bool:
+            return self._is_near(current, client, permutation)
+
+        mean, own = sum_one_by_one(current, inbox, replies, align_one, is_near)
         if mean.count < self.limits.min_replies:
-            return self._no_result(server_round, inbox, mean.count)
-        seconds = time.perf_counter() - started
-        log(
-            INFO,
-            "aligned %s models one by one: %s units moved, %.2f s",
-            mean.count,
-            units,
-            seconds,
-        )
-        nodes = RoundClients(current.grid, mean.replies)
+            return self._no_result(current, inbox, mean.count)
         reply, metrics = mean.finish(self.strategy)
-        arrays, _ = aggregate(self.strategy, current.arrays, server_round, [*inbox.failed, reply])
+        replies = [*inbox.failed, reply]
+        arrays, _ = aggregate(self.strategy, current.arrays, current.number, replies)
         if arrays is None:
             return None, metrics
-        (variant,), costs = self._finished(arrays, nodes, server_round)
-        own: Metrics = {
-            "rebasin-units-moved": units,
-            "rebasin-seconds": seconds,
-            "rebasin-dropped": inbox.dropped,
-        }
+        nodes = RoundClients(current.grid, mean.replies)
+        (variant,), costs = self._finishing.apply(arrays, nodes, current.number)
         return variant.arrays, MetricRecord({**metrics, **own, **_as_metrics(costs)})
 
-    def _no_result(self, server_round: int, inbox: Inbox, count: int) -> Aggregate:
+    def _no_result(self, current: Round, inbox: Inbox, count: int) -> Aggregate:
         """Log why a round has no result; the wrapped strategy gets the failed replies."""
         log(
             WARNING,
             "round %s: %s valid replies, %s are needed: the global model stays unchanged",
-            server_round,
+            current.number,
             count,
             self.limits.min_replies,
         )
-        self.strategy.aggregate_train(server_round, inbox.failed)
+        self.strategy.aggregate_train(current.number, inbox.failed)
         return None, None
-
-
-def _moved(
-    current: Round, client: ClientModel, permutation: Permutation
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a permuted model in the global model's key order, one at a time."""
-    for key in current.arrays:
-        yield key, current.spec.move(key, client.state_dict[key], permutation)
 
 
 def _as_metrics(costs: Sequence[Costs]) -> Metrics:

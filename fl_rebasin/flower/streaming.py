@@ -1,8 +1,11 @@
-"""Replies one at a time: a sum instead of all models."""
+"""Aggregates replies one at a time: keeps a running sum instead of all models."""
 
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO
 from typing import cast
 
 import numpy as np
@@ -17,27 +20,35 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore import log
 from numpy.typing import NDArray
 
-from fl_rebasin.flower.replies import ClientModel, have_usual_records
+from fl_rebasin.flower.replies import ClientModel, Inbox, have_usual_records
+from fl_rebasin.flower.round import Round
 from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.symmetry.spec import Permutation
 
-MEANS = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+MEAN_STRATEGIES = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+"""Flower's strategies that compute their result from the weighted mean of the replies alone."""
 
 
-def takes_only_the_mean(strategy: Strategy) -> bool:
-    """Whether a strategy makes of replies what it makes of their weighted mean.
+def needs_only_the_mean(strategy: Strategy) -> bool:
+    """Return whether a strategy needs only the weighted mean of the replies.
 
-    A subclass of these may look at each reply, and so may an aggregation of metrics of its own.
+    Subclasses do not qualify, and neither do strategies with their own aggregation of metrics:
+    both may look at each reply.
     """
     return (
-        type(strategy) in MEANS
+        type(strategy) in MEAN_STRATEGIES
         and cast(FedAvg, strategy).train_metrics_aggr_fn is aggregate_metricrecords
     )
 
 
 class RunningMean:
-    """The weighted mean of the models that were added, in float64.
+    """The weighted mean of the models added so far, in float64.
+
+    `mean = sum_i weight_i model_i / sum_i weight_i`, McMahan et al., Communication-Efficient
+    Learning of Deep Networks from Decentralized Data (AISTATS 2017), Algorithm 1.
 
     Args:
         arrays: the global model, for keys and dtypes.
@@ -54,11 +65,11 @@ class RunningMean:
 
     @property
     def count(self) -> int:
-        """How many models were added."""
+        """Number of models added."""
         return len(self.replies)
 
     def add(self, client: ClientModel, model: StateDict) -> None:
-        """Add a client's model; of its reply only the metrics are kept."""
+        """Add a client's model, and keep only the metrics of its reply."""
         for key, value in model.items():
             part = client.weight * value.double().numpy()
             self._sums[key] = self._sums[key] + part if key in self._sums else part
@@ -66,7 +77,7 @@ class RunningMean:
         self.replies[client.node] = client.reply
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
-        """Return one reply that stands for all, and the metrics that a strategy makes of theirs."""
+        """Return one reply with the mean, and the metrics that a strategy aggregates from all."""
         assert isinstance(strategy, FedAvg)
         replies = list(self.replies.values())
         usual = have_usual_records(replies)
@@ -75,12 +86,49 @@ class RunningMean:
         record = ArrayRecord()
         for key, like in self._arrays.items():
             mean = self._sums.pop(key) / self._weight
-            # Integers stay fractions, as in FedAvg; who takes the result rounds them.
+            # The means of integers stay fractions, as in FedAvg; `like_global` rounds the result.
             exact = np.dtype(like.dtype).kind != "f"
             record[key] = Array(np.asarray(mean if exact else mean.astype(like.dtype)))
-        # Of the client whose message this was nothing else goes in.
+        # Only the metadata of this client's message is used.
         reply = copy.copy(replies[-1])
         reply.content = RecordDict(
             {"arrays": record, "metrics": MetricRecord({strategy.weighted_by_key: self._weight})}
         )
         return reply, metrics
+
+
+def sum_one_by_one(
+    current: Round,
+    inbox: Inbox,
+    replies: Iterable[Message],
+    align_one: Callable[[Round, ClientModel], Permutation],
+    is_near: Callable[[ClientModel, Permutation], bool],
+) -> tuple[RunningMean, dict[str, float | int]]:
+    """Align each reply as it arrives, and add it up; one client's model exists at a time.
+
+    Args:
+        current: the round.
+        inbox: reads the replies.
+        replies: the replies, which may arrive one by one.
+        align_one: returns the permutation of a model.
+        is_near: whether an aligned model is within the limits.
+
+    Returns:
+        The mean of the aligned models, and the round's metrics.
+    """
+    started = time.perf_counter()
+    mean = RunningMean(current.arrays)
+    units = 0
+    for client in inbox.read(replies):
+        permutation = align_one(current, client)
+        if inbox.kept([client], [is_near(client, permutation)]):
+            mean.add(client, current.spec.apply(permutation, client.state_dict))
+            units += permutation.moved
+        del client  # Before the next one is read.
+    seconds = time.perf_counter() - started
+    log(INFO, "aligned %s models one by one: %s units moved, %.2f s", mean.count, units, seconds)
+    return mean, {
+        "rebasin-units-moved": units,
+        "rebasin-seconds": seconds,
+        "rebasin-dropped": inbox.dropped,
+    }

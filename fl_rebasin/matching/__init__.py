@@ -1,1 +1,1 @@
-"""Which permutation brings models together: of two models, or of N."""
+"""Matching: find permutations that align one model to another, or N models to each other."""

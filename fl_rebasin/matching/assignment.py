@@ -1,4 +1,4 @@
-"""Similarity matrix -> permutation: the linear assignment problem."""
+"""The linear assignment problem: from a similarity matrix to a permutation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}
-"""A gain counts when it exceeds this share of the largest entry, a unit."""
-HARD = 64
-"""From this number of units on prices pay."""
-ROUNDS = 8
+"""Gains up to this share of the largest entry, for each unit, are rounding errors."""
+MIN_PRICED = 64
+"""Number of units from which prices save time."""
+PRICE_ROUNDS = 8
+"""Rounds of Bellman-Ford: more of them cost more than the better prices save."""
 
 Prices: TypeAlias = NDArray[Any]
 
 
 def assign(similarity: Tensor) -> Tensor:
-    """Return the permutation that maximises the summed similarity.
+    """Return the permutation p that maximises `sum_i similarity[i, p[i]]`.
 
     Args:
-        similarity: shape `(n, n)`, float32 or float64; entry `[i, j]` is the gain of putting unit
-            `j` at place `i`.
+        similarity: shape `(n, n)`, float32 or float64; entry `[i, j]` is the gain of moving unit
+            `j` to place `i`.
 
     Returns:
-        int64 tensor of shape `(n,)`: the unit for each place. The identity where no permutation
-        is better than it by more than rounding, so that equal units do not move about.
+        int64 tensor of shape `(n,)`: the unit for each place. The identity if no permutation
+        beats it by more than rounding, so that equal units stay in place.
 
     Raises:
         ValueError: the matrix is not square or not finite.
 
-    Source: Jonker and Volgenant (1987), by `lap.lapjvr`.
+    Source: Jonker and Volgenant (1987), as implemented by `lap.lapjvr`.
 
     Example:
         >>> assign(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
@@ -44,19 +45,21 @@ def assign(similarity: Tensor) -> Tensor:
 
 
 def assign_again(similarity: Tensor, prices: Prices | None) -> tuple[Tensor, Prices | None]:
-    """Return the best permutation, and prices that make the next such problem easy.
+    """Return the best permutation, and prices that speed up the next similar problem.
 
-    A problem like the last one is nearly solved once each unit's gain is lowered by its price: the
-    duals of the assignment, which are found roughly, since they change no result.
+    Prices are dual variables of the assignment problem. Subtracting a price from all gains of a
+    unit does not change the best permutation. With the prices of a similar problem most units are
+    already cheapest in their own place, so the solver has little left to do. Approximate prices
+    are good enough.
 
     Args:
         similarity: as for `assign`.
-        prices: what an earlier call returned for a problem like this one, whose units have been
-            put in its order since; shape `(n,)`.
+        prices: what the call for a similar problem returned, whose units have been permuted by
+            its result since; shape `(n,)`. None for the first problem.
 
     Returns:
-        The permutation, and the prices of the units in its order, shape `(n,)`; None for a matrix
-        that is easy as it is.
+        The permutation, and the prices of the units in their new order, shape `(n,)`; None for a
+        matrix too small to need them.
     """
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity must be square, it has shape {tuple(similarity.shape)}")
@@ -64,7 +67,7 @@ def assign_again(similarity: Tensor, prices: Prices | None) -> tuple[Tensor, Pri
     count = len(matrix)
     if not count:
         return torch.arange(0), None
-    largest = float(max(matrix.max(), -matrix.min()))  # NaN goes through.
+    largest = float(max(matrix.max(), -matrix.min()))  # NaN if any entry is NaN.
     if not np.isfinite(largest):
         raise ValueError("similarity holds NaN or infinite values: a model has diverged")
     if not largest:
@@ -79,42 +82,45 @@ def assign_again(similarity: Tensor, prices: Prices | None) -> tuple[Tensor, Pri
     gain = float((matrix[places, order[places]] - matrix.diagonal()).sum(dtype=np.float64))
     if gain <= ROUNDING.get(similarity.dtype, ROUNDING[torch.float32]) * largest * count:
         order = np.arange(count)
-    if count >= HARD:
+    if count >= MIN_PRICED:
         prices = _prices(costs[:, order], prices, order)
     return torch.from_numpy(order), prices
 
 
 def _prices(costs: Prices, before: Prices | None, order: NDArray[np.int64]) -> Prices:
-    """Return prices under which few units cost less elsewhere than where they are.
+    """Return approximate prices, under which few units are cheaper in another place.
 
-    A few rounds of the method of Bellman and Ford; without the last the prices are rough.
+    Exact prices are shortest paths in the graph of exchanges; a few rounds of Bellman-Ford
+    approximate them.
 
     Args:
-        costs: in the order that was found, with the prices before taken off.
-        before: these prices, in the order before.
-        order: the order that was found.
+        costs: costs with the previous prices subtracted, and with the units in their new order.
+        before: the previous prices, in the previous order.
+        order: the permutation from the previous order to the new one.
     """
     costs = costs - costs.diagonal()[:, None]
     change = np.zeros(len(costs), dtype=costs.dtype)
-    for _ in range(ROUNDS):
+    for _ in range(PRICE_ROUNDS):
         change = np.minimum(change, (change[:, None] + costs).min(0))
     return change if before is None else change + before[order]
 
 
 def assign_blocks(gain: Tensor, within: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the permutation of blocks, and of the units within them, that maximises the sum.
+    """Return the best permutation of blocks and of the units within them.
 
-    What a pair of blocks gains depends on how the units within are paired, which is best found
-    for each pair of blocks by itself.
+    The gain of a pair of blocks depends on how their units are paired. The best pairing of the
+    units does not depend on the other blocks, so it is found first, for each pair of blocks; then
+    the blocks are assigned.
 
     Args:
-        gain: shape `(n, n)`; what putting block `j` at place `i` gains besides its units.
-        within: for each group of units within the blocks shape `(n, n, m, m)`; entry
-            `[i, j, k, l]` is the gain of putting unit `l` of block `j` at place `k` of place `i`.
+        gain: shape `(n, n)`; entry `[i, j]` is the gain of moving block `j` to place `i`, without
+            the gain of its units.
+        within: for each group of units within the blocks, shape `(n, n, m, m)`; entry
+            `[i, j, k, l]` is the gain of moving unit `l` of block `j` to place `k` of place `i`.
 
     Returns:
-        int64 tensor of shape `(n,)`, the block for each place, and for each group within shape
-        `(n, m)`: row `i` is the order within the block that comes to place `i`.
+        int64 tensor of shape `(n,)`, the block for each place; and for each group within, shape
+        `(n, m)`, whose row `i` orders the units of the block that moves to place `i`.
     """
     orders = {}
     for name, each in within.items():

@@ -1,9 +1,10 @@
-"""Straight-through estimator: learn the permutation that makes the merged model good."""
+"""Straight-through matching: learn the permutation that gives the merged model a low loss."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fl_rebasin.forward import inputs_and_labels
 from fl_rebasin.matching.coordinate_descent import Matcher
 from fl_rebasin.matching.objective import (
     check_finite,
@@ -19,10 +21,9 @@ from fl_rebasin.matching.objective import (
     cosine,
     precision_of,
     weights_of,
-    with_weights,
 )
 from fl_rebasin.matching.weights import Match, match_weights
-from fl_rebasin.state_dicts import StateDict
+from fl_rebasin.state_dicts import StateDict, with_weights
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
@@ -40,40 +41,45 @@ def match_straight_through(
     loss: Loss = F.cross_entropy,
     start: Permutation | None = None,
 ) -> Match:
-    """Find the permutation of `other` with which the mean of the two models has the least loss.
+    """Find the permutation of `other` that gives the mean of the two models the lowest loss.
 
-    Free weights start at those of `reference` and are trained with Adam. In each step `other` is
-    weight-matched to them; the loss is that of the mean of `reference` and the moved `other`, and
-    its gradient goes to the free weights as if they were the moved `other` (straight through the
-    assignment). Of the start and the permutation after each epoch the one with the least loss
-    over all batches is returned, so that the result is never worse on them than the start.
-    BatchNorm layers normalise by the batch (one of a single sample, which has no variance, is left
-    out), dropout is off.
+    Let theta_A be `reference` and theta_B `other`. Free weights theta start at theta_A and are
+    trained with Adam. Each step matches theta_B to them and takes the gradient of the loss of the
+    midpoint,
+
+        p = argmax over p of <theta, p(theta_B)>,    L((theta_A + p(theta_B)) / 2),
+
+    where the gradient for p(theta_B) is passed straight through the assignment to theta. Of the
+    start and the permutations after each epoch, the one with the lowest loss over all batches is
+    returned, so the result is never worse on them than the start. BatchNorm layers normalise by
+    the statistics of the batch, and dropout is off. A batch of a single sample is left out if a
+    BatchNorm layer cannot normalise it.
 
     Args:
         spec: spec of both models.
-        model: a module of the architecture; it is copied, and its weights do not matter.
-        reference: state dict that stays.
-        other: state dict to be permuted; neither is changed.
-        batches: pairs of inputs and targets, gone through `epochs` times and to compare.
+        model: a module of the architecture; it is copied, and its weights do not matter. The
+            copies run on its device and in its dtypes.
+        reference: state dict whose unit order is kept.
+        other: state dict to permute; neither is changed.
+        batches: pairs of inputs and labels on the module's device, for training and for the
+            comparison.
         epochs: passes over the batches.
-        learning_rate: Adam's.
-        loss: maps outputs and targets to a scalar; cross-entropy by default.
-        start: permutation to begin with; by default that of `match_weights`.
+        learning_rate: learning rate of Adam.
+        loss: maps outputs and labels to a scalar; cross-entropy by default.
+        start: permutation to begin with; by default the result of `match_weights`.
 
     Raises:
         TypeError: `model` is not a module.
         SpecError: a model or `start` does not fit the spec, or weights are not finite.
-        ValueError: no batch, one that is no pair, or the loss is not finite.
+        ValueError: there is no batch, a batch is not a pair, or the loss is not finite.
 
-    Source: Git Re-Basin, Algorithm 2.
+    Source: Git Re-Basin, section 3.3 and Algorithm 2.
 
     Example:
         >>> from fl_rebasin import derive_spec
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> spec = derive_spec(net, torch.zeros(1, 2))
-        >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
-        >>> state = net.state_dict()
+        >>> state, batches = net.state_dict(), [(torch.eye(2), torch.tensor([0, 1]))]
         >>> match_straight_through(spec, net, state, state, batches).permutation.is_identity
         True
     """
@@ -82,27 +88,79 @@ def match_straight_through(
     check_module(spec, model)
     check_finite(spec, reference, "reference")
     check_finite(spec, other, "other")
-    fixed = with_weights(model, reference).state_dict()
-    moving = with_weights(model, other).state_dict()
-    weights = weights_of(spec, moving)
+    midpoint = _Midpoint(
+        spec,
+        runner=_runner(model),
+        reference=with_weights(model, reference).state_dict(),
+        other=with_weights(model, other).state_dict(),
+        loss=loss,
+    )
+    target, weights = weights_of(spec, midpoint.reference), weights_of(spec, midpoint.other)
     if start is None:
-        match = match_weights(spec, fixed, moving)
-        first, sweeps = match.permutation, match.sweeps
+        match = match_weights(spec, midpoint.reference, midpoint.other)
+        permutation, sweeps = match.permutation, match.sweeps
     else:
         spec.check_permutation(start)
-        first, sweeps = Matcher(spec, weights, weights, start).permutation, 0
-    runner = _runner(model)
-    # Of a tensor with two names the first is enough, and only one may be given.
-    names = [
-        key for key, _ in (*runner.named_parameters(), *runner.named_buffers()) if key in fixed
-    ]
-    trained = [key for key, _ in runner.named_parameters() if key in spec.learnable]
+        permutation, sweeps = Matcher(spec, weights, weights, start).permutation, 0
+    best, lowest = permutation, midpoint.total_loss(permutation, batches)
+    free = midpoint.free_weights()
+    optimiser = torch.optim.Adam(free.values(), lr=learning_rate)
+    for _ in range(epochs):
+        for batch in batches:
+            free_target = weights_of(spec, {**midpoint.reference, **free})
+            precision, _ = precision_of([free_target, weights])
+            matcher = Matcher(spec, free_target, weights, permutation, precision)
+            sweeps += matcher.descend()
+            permutation = matcher.permutation
+            value = midpoint.batch_loss(permutation, free, batch)
+            if value is not None:
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()
+                optimiser.step()
+        if (total := midpoint.total_loss(permutation, batches)) < lowest:
+            best, lowest = permutation, total
+    return Match(
+        permutation=best,
+        similarity=cosine(target, weights_of(spec, spec.apply(best, midpoint.other))),
+        similarity_before=cosine(target, weights),
+        sweeps=sweeps,
+    )
 
-    def midpoint(permutation: Permutation, free: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        moved = spec.apply(permutation, moving)
+
+@dataclass(frozen=True)
+class _Midpoint:
+    """The mean of a reference and a permuted model, as a function that has a loss.
+
+    Attributes:
+        spec: spec of both models.
+        runner: module of the architecture that runs the mean.
+        reference: state dict of the reference.
+        other: state dict of the model to permute.
+        loss: maps outputs and labels to a scalar.
+    """
+
+    spec: PermutationSpec
+    runner: nn.Module
+    reference: StateDict
+    other: StateDict
+    loss: Loss
+
+    def free_weights(self) -> dict[str, Tensor]:
+        """Return the learnable parameters of the reference as new leaves of a graph."""
+        return {
+            key: self.reference[key].clone().requires_grad_()
+            for key, _ in self.runner.named_parameters()
+            if key in self.spec.learnable
+        }
+
+    def state(self, permutation: Permutation, free: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of the midpoint; its gradient goes to the free weights."""
+        moved = self.spec.apply(permutation, self.other)
+        # A tensor with two names is given under one of them only.
+        named = (*self.runner.named_parameters(), *self.runner.named_buffers())
         state = {}
-        for key in names:
-            value = fixed[key]
+        for key in (key for key, _ in named if key in self.reference):
+            value = self.reference[key]
             if not value.is_floating_point():
                 state[key] = value.clone()
                 continue
@@ -112,67 +170,46 @@ def match_straight_through(
             state[key] = (value + end) / 2
         return state
 
-    def step_loss(
-        permutation: Permutation, free: Mapping[str, Tensor], batch: Any
+    def batch_loss(
+        self, permutation: Permutation, free: Mapping[str, Tensor], batch: Any
     ) -> Tensor | None:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                "straight-through matching needs batches of inputs and targets, got a "
-                + type(batch).__name__
-            )
-        inputs, targets = batch
+        """Return the loss on one batch; None for a single sample that cannot be normalised.
+
+        Raises:
+            ValueError: the batch is not a pair, or the loss is not finite.
+        """
+        inputs, labels = inputs_and_labels(batch, "straight-through matching")
         try:
-            outputs = functional_call(runner, midpoint(permutation, free), (inputs,))
+            outputs = functional_call(self.runner, self.state(permutation, free), (inputs,))
         except ValueError:
             if len(inputs) > 1:
                 raise
             return None
-        value = loss(outputs, targets)
+        value = self.loss(outputs, labels)
         if not bool(torch.isfinite(value)):
             raise ValueError("the loss of the merged model is NaN or infinite")
         return value
 
-    def total(permutation: Permutation) -> float:
+    def total_loss(self, permutation: Permutation, batches: Sequence[Any]) -> float:
+        """Return the sum of the losses on all batches.
+
+        Raises:
+            ValueError: no batch can be normalised.
+        """
         with torch.no_grad():
-            losses = [step_loss(permutation, {}, batch) for batch in batches]
+            losses = [self.batch_loss(permutation, {}, batch) for batch in batches]
         counted = [float(value) for value in losses if value is not None]
         if not counted:
             raise ValueError("no batch of two or more samples to learn the permutation from")
         return sum(counted)
 
-    best, least = first, total(first)
-    free = {key: fixed[key].clone().requires_grad_() for key in trained}
-    optimiser = torch.optim.Adam(free.values(), lr=learning_rate)
-    permutation = first
-    for _ in range(epochs):
-        for batch in batches:
-            target = weights_of(spec, {**fixed, **free})
-            precision, _ = precision_of([target, weights])
-            matcher = Matcher(spec, target, weights, permutation, precision)
-            sweeps += matcher.descend()
-            permutation = matcher.permutation
-            value = step_loss(permutation, free, batch)
-            if value is not None:
-                optimiser.zero_grad(set_to_none=True)
-                value.backward()
-                optimiser.step()
-        if (reached := total(permutation)) < least:
-            best, least = permutation, reached
-    target = weights_of(spec, fixed)
-    return Match(
-        permutation=best,
-        similarity=cosine(target, weights_of(spec, spec.apply(best, moving))),
-        similarity_before=cosine(target, weights),
-        sweeps=sweeps,
-    )
-
 
 def _runner(model: nn.Module) -> nn.Module:
-    """Return a copy that computes as in evaluation, but normalises by the statistics of a batch."""
+    """Return a copy in evaluation mode, but with BatchNorm by the statistics of the batch."""
     runner = copy.deepcopy(model).eval().requires_grad_(False)
     for module in runner.modules():
         if isinstance(module, nn.RNNBase):
-            module.dropout = 0.0  # cuDNN has gradients of these in training mode only.
+            module.dropout = 0.0  # Training mode, because cuDNN has no gradients without it.
         if isinstance(module, (_BatchNorm, nn.RNNBase)):
             module.train()
     return runner

@@ -1,4 +1,4 @@
-"""Weight matching: permute one model until its weights lie closest to another's."""
+"""Weight matching: permute one model so that its weights are closest to another's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fl_rebasin.matching.canonical_start import start_canonical
 from fl_rebasin.matching.certificate import Reference, margins, uncertified_groups
 from fl_rebasin.matching.coordinate_descent import MAX_SWEEPS, Matcher
 from fl_rebasin.matching.objective import check_finite, inner, precision_of, weights_of
@@ -16,7 +17,7 @@ from fl_rebasin.state_dicts import StateDict
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 TIE = 1e-6
-"""An objective is higher than another one by more than rounding if it is by this share."""
+"""Objectives that differ by a smaller share are equal up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -24,65 +25,16 @@ class Match:
     """The result of matching one model to another.
 
     Attributes:
-        permutation: moves `other` to `reference`.
-        similarity: cosine of the learnable parameters afterwards, in [-1, 1].
+        permutation: moves the units of `other` to those of `reference`.
+        similarity: cosine between the learnable parameters of both models after the match.
         similarity_before: the same before the match.
-        sweeps: sweeps over all groups.
+        sweeps: number of sweeps over all groups.
     """
 
     permutation: Permutation
     similarity: float
     similarity_before: float
     sweeps: int
-
-
-def best_match(
-    spec: PermutationSpec,
-    target: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    start: Permutation | None = None,
-    groups: Collection[str] | None = None,
-    precision: torch.dtype = torch.float64,
-    sweeps: int = MAX_SWEEPS,
-) -> tuple[Matcher, int]:
-    """Match from the better of two starts; return the result with the number of sweeps.
-
-    One start is the order that the model came in: right for models that share a history. The
-    other is `start_canonical`, right for models that do not. A tie keeps the first. Only `groups`
-    move (all by default), in at most `sweeps` sweeps; the others are where `start` puts them.
-    """
-    came = Matcher(spec, target, weights, start, precision)
-    fresh = Matcher(spec, target, weights, start, precision)
-    fresh.start_canonical(groups)
-    least = came.objective
-    better = fresh if fresh.objective > least + TIE * abs(least) else came
-    return better, better.descend(groups, sweeps=sweeps)
-
-
-def match_to(reference: Reference, weights: Mapping[str, Tensor]) -> tuple[Permutation, int]:
-    """Match a model to a reference, but for groups that a proof says are where they belong.
-
-    Args:
-        reference: what stays.
-        weights: learnable tensors of the model.
-
-    Returns:
-        The permutation, and the number of sweeps: 0 where no group had to be looked at.
-    """
-    spec = reference.spec
-    # Of one model alone the margins are those of a match with the reference.
-    unsettled = uncertified_groups(margins(reference, [weights], [1.0]))
-    if not unsettled:
-        return spec.identity(), 0
-    precision, _ = precision_of([reference.tensors, weights])
-    matcher, sweeps = best_match(
-        spec, reference.tensors, weights, groups=unsettled, precision=precision
-    )
-    if len(unsettled) < len(spec.groups):
-        # What was proved of a group no longer holds once its neighbours have moved.
-        again = uncertified_groups(margins(reference, [matcher.weights], [1.0]))
-        sweeps += matcher.descend(unsettled=again)
-    return matcher.permutation, sweeps
 
 
 def match_weights(
@@ -96,22 +48,22 @@ def match_weights(
 ) -> Match:
     """Find the permutation of `other` that brings its weights closest to `reference`.
 
-    Maximises the inner product of the learnable parameters by coordinate descent, one linear
-    assignment a group.
+    Maximises the inner product `<reference, p(other)>` of the learnable parameters over p, by
+    coordinate descent with one linear assignment for each group.
 
     Args:
         spec: spec of both models.
-        reference: state dict that stays.
-        other: state dict to be permuted; neither is changed.
-        start: permutation of `other` to descend from, for example what `match_activations`
-            found; by default the better of the order that it came in and a fresh one.
-        restarts: so many more descents, from random permutations; the best result is kept. One
-            takes as long as the match itself.
-        generator: what they are drawn with.
+        reference: state dict whose unit order is kept.
+        other: state dict to permute; neither is changed.
+        start: permutation of `other` to descend from, for example one that `match_activations`
+            found; by default the better of its present order and a canonical one.
+        restarts: number of further descents, from random permutations; the best result is kept.
+            Each takes about as long as the match itself.
+        generator: random generator for the restarts.
 
     Raises:
-        SpecError: a state dict or `start` does not fit the spec, or weights are not finite.
-        ValueError: restarts without a generator, or fewer than none.
+        SpecError: a state dict or `start` does not fit the spec, or values are not finite.
+        ValueError: `restarts` is negative, or positive without a generator.
 
     Source: Git Re-Basin, Algorithm 1.
 
@@ -142,13 +94,73 @@ def match_weights(
         sweeps = matcher.descend()
     for _ in range(restarts):
         assert generator is not None
-        other_way = Matcher(spec, target, weights, spec.random(generator), precision)
-        sweeps += other_way.descend()
-        if other_way.objective > matcher.objective + TIE * abs(matcher.objective):
-            matcher = other_way
+        restarted = Matcher(spec, target, weights, spec.random(generator), precision)
+        sweeps += restarted.descend()
+        if restarted.objective > matcher.objective + TIE * abs(matcher.objective):
+            matcher = restarted
     return Match(
         permutation=matcher.permutation,
         similarity=matcher.objective / scale,
         similarity_before=inner(target, weights, precision) / scale,
         sweeps=sweeps,
     )
+
+
+def best_match(
+    spec: PermutationSpec,
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    start: Permutation | None = None,
+    groups: Collection[str] | None = None,
+    precision: torch.dtype = torch.float64,
+    sweeps: int = MAX_SWEEPS,
+) -> tuple[Matcher, int]:
+    """Descend from the better of two starts: the given one, and a canonical one.
+
+    The given order suits models with a common history, the canonical one models without. If both
+    are equally good, the given one is used.
+
+    Args:
+        spec: spec of both models.
+        target: learnable tensors of the target.
+        weights: learnable tensors of the model to permute.
+        start: permutation to begin with; the identity by default.
+        groups: groups that may move, all by default; the others keep their order in `start`.
+        precision: dtype of all products.
+        sweeps: largest number of sweeps.
+
+    Returns:
+        The matcher with its result, and the number of sweeps.
+    """
+    given = Matcher(spec, target, weights, start, precision)
+    canonical = Matcher(spec, target, weights, start, precision)
+    start_canonical(canonical, groups)
+    baseline = given.objective
+    better = canonical if canonical.objective > baseline + TIE * abs(baseline) else given
+    return better, better.descend(groups, sweeps=sweeps)
+
+
+def match_to(reference: Reference, weights: Mapping[str, Tensor]) -> tuple[Permutation, int]:
+    """Match a model to a reference, except for groups that are certified to be in place.
+
+    Args:
+        reference: the reference model.
+        weights: learnable tensors of the model.
+
+    Returns:
+        The permutation, and the number of sweeps: 0 if all groups are certified.
+    """
+    spec = reference.spec
+    # With a single model, the margins certify its match with the reference.
+    uncertified = uncertified_groups(margins(reference, [weights], [1.0]))
+    if not uncertified:
+        return spec.identity(), 0
+    precision, _ = precision_of([reference.tensors, weights])
+    matcher, sweeps = best_match(
+        spec, reference.tensors, weights, groups=uncertified, precision=precision
+    )
+    if len(uncertified) < len(spec.groups):
+        # Moves of these groups may invalidate the certificates of the others.
+        pending = uncertified_groups(margins(reference, [matcher.weights], [1.0]))
+        sweeps += matcher.descend(pending=pending)
+    return matcher.permutation, sweeps

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_rebasin.forward import Moments, evaluating, forward_hooks, inputs_of
 from fl_rebasin.merging.clients import Answers, Clients, Question, Request, Tensors
-from fl_rebasin.merging.finishing import Finish, Finished
+from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.state_dicts import StateDict, like
 
 MIN_VARIANCE = 1e-12

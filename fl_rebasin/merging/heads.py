@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fl_rebasin.forward import call, evaluating, forward_hooks
 from fl_rebasin.merging.clients import Clients
-from fl_rebasin.merging.finishing import Finish, Finished
+from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.state_dicts import StateDict, like
 
 SMOOTHING = 0.1

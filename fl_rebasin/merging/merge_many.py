@@ -1,4 +1,4 @@
-"""N models into one: permutation-aligned weighted averaging (MergeMany)."""
+"""MergeMany: merge N models into one by a weighted average of the aligned models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ class Merge:
     """The result of merging N models.
 
     Attributes:
-        state_dict: the weighted mean of the permuted models; keys, dtypes and order of the first.
+        state_dict: the weighted mean of the permuted models, with the keys, their order and the
+            dtypes of the first model.
         permutations: one for each model, in the order given.
-        similarity: weighted mean cosine of the permuted models to the merged one.
-        similarity_before: the same for the models as they came and their plain mean.
+        similarity: weighted mean cosine between the permuted models and the merged model.
+        similarity_before: the same for the models without permutations and their plain mean.
         sweeps: sweeps over all groups, summed over the models.
-        margins: for each group the factor, or less, by which the models' distances from
-            `unit_order_of` (from their mean without one) could grow and still no unit would have to move: from 1
-            on alignment changes nothing. Empty where the method does not ask.
+        margins: for each group a factor by which all models' distances from `unit_order_of` (by
+            default from their mean) could grow without any need for alignment; if it is at least
+            1, alignment changes nothing. Empty unless the method is `"joint"`.
     """
 
     state_dict: dict[str, Tensor]
@@ -37,7 +38,7 @@ class Merge:
 
     @property
     def moved(self) -> int:
-        """Number of units that changed place, summed over the models."""
+        """Number of units that the permutations displace, summed over the models."""
         return sum(permutation.moved for permutation in self.permutations)
 
 
@@ -51,31 +52,37 @@ def merge_many(
 ) -> Merge:
     """Permute N models into one basin and return their weighted mean.
 
-    Maximises `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, which is the same as minimising the
-    weighted variance around the merged model. Models that need no alignment are recognised by a
-    proof that takes no similarity matrix. The result does not depend on the order of the models,
-    but for the unit order.
+    With shares `w_i` (the weights, scaled to sum to 1), permutations `p_i` and the merged model
+    `m = sum_i w_i p_i(theta_i)`, it maximises
+
+        sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>
+
+    over the learnable parameters. As permutations keep norms, this is the same as to minimise the
+    weighted variance `sum_i w_i |p_i(theta_i) - m|^2`. Models that need no alignment are recognised
+    by a certificate, without any similarity matrix. The result does not depend on the order of the
+    models, except for its unit order.
 
     Args:
         spec: spec of all models.
-        state_dicts: the models, N >= 1; not changed.
-        weights: one weight a model (for example its number of training examples), any scale;
-            equal ones by default.
+        state_dicts: the models, at least one; not changed.
+        weights: one weight for each model (for example its number of training examples), on any
+            scale; equal weights by default.
         unit_order_of: the state dict whose unit order the merged model takes, for example the
             global model of the last round; by default the heaviest model, of equally heavy ones
             the first.
-        method: who is matched to whom.
-            `"joint"`: all to the heaviest, then each in turn to the weighted mean of the others,
-            until nobody moves; where the first step is one down, from the models in pairs and as
-            they came instead, and the better result is taken;
-            `"reference"`: all to the heaviest;
-            `"hierarchical"`: in pairs, which are merged, then these in pairs, and so on;
-            `"textbook"`: each in turn to the weighted mean of the others, from the models as they
-            came, as in the paper.
+        method: which models are matched to which.
+            `"joint"`: all to the heaviest; then each to the weighted mean of the others, until
+            none moves. If the first step lowers the objective, the second starts from the models
+            merged in pairs and from the unaligned models instead, and the better result is kept.
+            `"reference"`: all to the heaviest.
+            `"hierarchical"`: in pairs, which are merged; then the merged models in pairs; and so
+            on.
+            `"textbook"`: each to the weighted mean of the others, starting from the unaligned
+            models, as in the paper.
 
     Raises:
         SpecError: a model does not fit the spec, or holds NaN or infinite weights.
-        ValueError: no models, bad weights, or an unknown method.
+        ValueError: there are no models, the weights are invalid, or the method is unknown.
 
     Source: Git Re-Basin, Algorithm 3 (MergeMany), with weights.
 

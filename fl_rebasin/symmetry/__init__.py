@@ -1,1 +1,1 @@
-"""What may be permuted in a model: derived from one traced run, and proved before it is used."""
+"""The symmetry of a model: what may be permuted, derived from traced runs and then checked."""

@@ -1,10 +1,13 @@
-"""The axis algebra: what an axis of a tensor is made of, and how a permutation moves it.
+"""The axis algebra: what an axis of a tensor consists of, and how a permutation moves it.
 
-An axis of a tensor is described by an expression over *groups* (sets of units that may be
-permuted): a plain group, a fixed axis, a concatenation, a row-major product, or an axis that is
-another one in each part of another axis. One small algebra carries flattening (a product), skip
-concatenations (a concatenation), grouped convolutions and attention heads (products with units
-within blocks).
+An expression over *groups* (sets of units that may be permuted) describes each axis:
+
+- `Group`: the units of one group;
+- `Fixed`: positions that never move;
+- `Cat`: a concatenation of axes, such as a skip concatenation;
+- `Prod`: a row-major product of axes, such as flattened channels, groups of channels or heads;
+- `Parted`: an axis that has different units in each part of another axis of the same tensor, such
+  as the columns of a fused projection of queries and keys that read different inputs.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from torch import Tensor
 class Group:
     """A set of `size` units that may be permuted.
 
-    With `within`, the name of another group, there is one such set in each of that group's units
-    (its blocks): the units within each attention head, for example. Blocks move with their units.
+    A group with `within` exists once in each unit (each *block*) of the group named there: the
+    units within each attention head, for example. Each block has its own order of them, and a
+    block that moves takes its units along.
     """
 
     name: str
@@ -34,42 +38,42 @@ class Group:
 
 @dataclass(frozen=True)
 class Fixed:
-    """`size` places whose order must stay."""
+    """`size` positions that never move."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class Cat:
-    """The parts, one after another."""
+    """A concatenation of the parts."""
 
     parts: tuple[Axis, ...]
 
     @property
     def size(self) -> int:
-        """Number of places."""
+        """Number of positions."""
         return sum(part.size for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Prod:
-    """The row-major product of the factors: the last factor runs fastest."""
+    """The row-major product of the factors: the last factor varies fastest."""
 
     factors: tuple[Axis, ...]
 
     @property
     def size(self) -> int:
-        """Number of places."""
+        """Number of positions."""
         return math.prod(factor.size for factor in self.factors)
 
 
 @dataclass(frozen=True)
 class Parted:
-    """Another axis in each part of another axis of the same tensor.
+    """An axis that is a different one in each part of another axis of the same tensor.
 
     Attributes:
-        across: number of that other axis, which is a `Cat`.
-        cases: for each of its parts the number of places and the axis there.
+        across: index of that other axis, which is a `Cat`.
+        cases: for each part of the other axis, its size and what this axis is there.
     """
 
     across: int
@@ -77,7 +81,7 @@ class Parted:
 
     @property
     def size(self) -> int:
-        """Number of places."""
+        """Number of positions."""
         return self.cases[0][1].size
 
 
@@ -85,7 +89,7 @@ Axis: TypeAlias = Group | Fixed | Cat | Prod | Parted
 
 
 def groups_of(axis: Axis) -> Iterator[Group]:
-    """Yield the groups of an axis, left to right; a group used twice comes twice."""
+    """Yield the groups of an axis from left to right; a group used twice is yielded twice."""
     match axis:
         case Group():
             yield axis
@@ -98,10 +102,10 @@ def groups_of(axis: Axis) -> Iterator[Group]:
 
 
 def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
-    """Return the index tensor of shape `(axis.size,)` that moves an axis by a permutation.
+    """Return the index tensor of shape `(axis.size,)` that applies a permutation to an axis.
 
-    Groups that the permutation does not name stay as they are, and so do those that depend on
-    another axis: they are moved by `move_tensor`.
+    It leaves alone groups that the permutation does not name, and units whose order depends on
+    another axis of the tensor: `move_tensor` moves those.
     """
     match axis:
         case Group(name, size, within):
@@ -114,27 +118,30 @@ def axis_index(axis: Axis, permutation: Mapping[str, Tensor]) -> Tensor:
             return torch.arange(axis.size)
         case Cat(parts):
             return _joined([axis_index(part, permutation) for part in parts], parts)
-        case Prod() if not axis.size:
-            return torch.arange(0)
         case Prod(factors):
-            total = torch.zeros([1] * len(factors), dtype=torch.int64)
-            stride = axis.size
-            for place, part in enumerate(factors):
-                stride //= part.size
-                shape = [1] * len(factors)
-                shape[place] = part.size
-                index = axis_index(part, permutation)
-                for other, blocks in enumerate(factors):
-                    if isinstance(blocks, Group) and _has_units_within(part, blocks.name):
-                        shape[other] = blocks.size
-                        index = block_index(part, blocks, permutation)
-                        index = index if other < place else index.T
-                total = total + index.reshape(shape) * stride
-            return total.reshape(-1)
+            return _product_index(factors, permutation) if axis.size else torch.arange(0)
+
+
+def _product_index(factors: Sequence[Axis], permutation: Mapping[str, Tensor]) -> Tensor:
+    """Return the index tensor of a product: the factors' indices, weighted by their strides."""
+    total = torch.zeros([1] * len(factors), dtype=torch.int64)
+    stride = math.prod(factor.size for factor in factors)
+    for number, part in enumerate(factors):
+        stride //= part.size
+        shape = [1] * len(factors)
+        shape[number] = part.size
+        index = axis_index(part, permutation)
+        for other, blocks in enumerate(factors):
+            if isinstance(blocks, Group) and _has_units_within(part, blocks.name):
+                shape[other] = blocks.size
+                index = block_index(part, blocks, permutation)
+                index = index if other < number else index.T
+        total = total + index.reshape(shape) * stride
+    return total.reshape(-1)
 
 
 def block_index(axis: Axis, blocks: Group, permutation: Mapping[str, Tensor]) -> Tensor:
-    """Return the index tensor of shape `(blocks.size, axis.size)` of an axis within each block."""
+    """Return the index tensor of an axis within each block, shape `(blocks.size, axis.size)`."""
     match axis:
         case Group(name, size, within) if within == blocks.name and name in permutation:
             return permutation[name].expand(blocks.size, size)
@@ -151,7 +158,7 @@ def block_index(axis: Axis, blocks: Group, permutation: Mapping[str, Tensor]) ->
 
 
 def _joined(pieces: Sequence[Tensor], parts: Sequence[Axis]) -> Tensor:
-    """Concatenate the indices of the parts of an axis."""
+    """Concatenate the index tensors of the parts, each shifted to where its part starts."""
     offsets = itertools.accumulate((part.size for part in parts), initial=0)
     return torch.cat([i + offset for i, offset in zip(pieces, offsets, strict=False)], dim=-1)
 
@@ -161,7 +168,7 @@ def _has_units_within(axis: Axis, blocks: str) -> bool:
 
 
 def _block_number(axis: Axis, blocks: str) -> Tensor | None:
-    """Return for each place of an axis the number of the block that it lies in, if it has any."""
+    """Return the block that each position of an axis lies in; None if the axis has no blocks."""
     if isinstance(axis, Group) and axis.name == blocks:
         return torch.arange(axis.size)
     if isinstance(axis, Prod) and axis.size:
@@ -174,7 +181,7 @@ def _block_number(axis: Axis, blocks: str) -> Tensor | None:
 
 
 def move_tensor(tensor: Tensor, axes: Sequence[Axis], permutation: Mapping[str, Tensor]) -> Tensor:
-    """Return a tensor whose axes are moved by a permutation: a copy, of the same dtype."""
+    """Return a permuted copy of a tensor, of the same dtype."""
     moved = tensor.detach()
     for dim, axis in enumerate(axes):
         if any(group.name in permutation for group in groups_of(axis)):
@@ -189,7 +196,7 @@ def move_tensor(tensor: Tensor, axes: Sequence[Axis], permutation: Mapping[str, 
 def _move_within(
     tensor: Tensor, axes: Sequence[Axis], dim: int, permutation: Mapping[str, Tensor]
 ) -> Tensor:
-    """Move the units of one axis that lie within blocks of another axis."""
+    """Permute the units of one axis that lie within the blocks of another axis."""
     groups = [g for g in groups_of(axes[dim]) if g.within is not None and g.name in permutation]
     for blocks in dict.fromkeys(group.within for group in groups):
         own = {group.name: permutation[group.name] for group in groups if group.within == blocks}
@@ -208,7 +215,7 @@ def _move_within(
 def _move_parted(
     tensor: Tensor, axes: Sequence[Axis], dim: int, permutation: Mapping[str, Tensor]
 ) -> Tensor:
-    """Move an axis that is another one in each part of another axis."""
+    """Permute an axis that is a different one in each part of another axis."""
     axis = axes[dim]
     if not isinstance(axis, Parted):
         return tensor
@@ -221,7 +228,11 @@ def _move_parted(
 
 
 def cut_axis(axis: Axis, start: int, size: int) -> Axis:
-    """Return the part `[start, start + size)` of an axis, which begins and ends between units."""
+    """Return the slice `[start, start + size)` of an axis.
+
+    Raises:
+        ValueError: the slice starts or ends inside a group or a product.
+    """
     if start == 0 and size == axis.size:
         return axis
     match axis:
@@ -236,26 +247,26 @@ def cut_axis(axis: Axis, start: int, size: int) -> Axis:
                     inside.append(cut_axis(part, first - offset, last - first))
                 offset += part.size
             return inside[0] if len(inside) == 1 else Cat(tuple(inside))
-    raise ValueError(f"places {start} to {start + size} tear {axis}")
+    raise ValueError(f"the slice [{start}, {start + size}) cuts through the units of {axis}")
 
 
 def named_pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield the parts of a tensor as `pieces` does, with the name of the group on each axis.
-
-    The name of a fixed axis is empty.
-    """
+    """Yield what `pieces` yields, with the name of the group on each axis (empty if fixed)."""
     for part, atoms in pieces(tensor, axes):
         yield part, [atom.name if isinstance(atom, Group) else "" for atom in atoms]
 
 
 def pieces(tensor: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[Axis, ...]]]:
-    """Yield the parts of a tensor whose axes are plain groups or fixed, with these axes.
+    """Split a tensor into pieces each of whose axes is a single group or fixed.
 
-    Concatenations are taken apart, products become axes of their own; every part is a view if the
-    tensor is contiguous.
+    Concatenations are split, and the factors of a product become separate axes. A piece of a
+    contiguous tensor is a view.
+
+    Yields:
+        A piece, and its axes.
     """
     for dim, axis in enumerate(axes):
-        if isinstance(axis, Parted):  # First, as long as the axes have their numbers.
+        if isinstance(axis, Parted):  # First: unfolding a product shifts the indices of axes.
             offset = 0
             for size, part in axis.cases:
                 inside = list(axes)

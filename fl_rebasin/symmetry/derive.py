@@ -1,4 +1,4 @@
-"""Module and example inputs -> permutation spec, by running the module and watching."""
+"""Deriving the permutation spec of a model from traced runs on example inputs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fl_rebasin.symmetry.axes import Axis, Cat, Fixed, Group, Parted, Prod, groups_of
 from fl_rebasin.symmetry.fingerprint import fingerprint
-from fl_rebasin.symmetry.readoff import read_off
-from fl_rebasin.symmetry.runtime import SINGLE
+from fl_rebasin.symmetry.precise import SINGLE
 from fl_rebasin.symmetry.selfcheck import SINGLE_TOLERANCE, TOLERANCE, SelfCheck
 from fl_rebasin.symmetry.spec import PermutationSpec, SpecError
+from fl_rebasin.symmetry.terms_to_spec import terms_to_spec
 from fl_rebasin.symmetry.trace import trace
 from fl_rebasin.symmetry.twin import Twin, check_model
 
@@ -24,21 +24,21 @@ ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
-    """Find out by a traced run which axes of a model may be permuted, and prove it.
+    """Trace runs of a model to find out which axes may be permuted, and check the result.
 
-    The model is run on a copy of itself; its parameters and buffers do not change. An axis may
-    move only if every operator that it passes through has a rule for it; anything else is pinned,
-    and so is a parameter that the example inputs do not reach. At the end random permutations are
-    applied in float64, in training and evaluation mode: outputs and buffers must stay the same.
-    Groups that fail are pinned, and a warning names them.
+    A private copy of the model runs; the model's parameters and buffers do not change. An axis may
+    move only if each operator that it passes through has a rule for it. All other axes are pinned,
+    and so are parameters that the example inputs do not reach. Finally the copy runs with random
+    permutations in float64, in training and evaluation mode, and its outputs and buffers must be
+    the same. Groups that fail this check are pinned, and a warning names them.
 
-    The spec holds for the path that the model takes on the example inputs: a model that branches
-    on its inputs needs examples that take the branch with all its parameters.
+    The spec holds for the path that the model takes on the example inputs: if a model branches on
+    its inputs, give examples that take the branch with all its parameters.
 
     Args:
         model: any module whose forward pass runs on `example_inputs`.
-        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword
-            arguments; floats that are all equal are replaced by random ones, others are kept.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+            Float tensors with equal values are replaced by random ones; others are kept.
 
     Returns:
         The spec of `model.state_dict()`.
@@ -66,7 +66,7 @@ def derive_spec(model: nn.Module, example_inputs: ExampleInputs) -> PermutationS
         stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_untouched(model))
+        stack.enter_context(_unchanged(model))
         return _derive(model, example_inputs)
 
 
@@ -80,47 +80,54 @@ def _derive(model: nn.Module, example_inputs: ExampleInputs) -> PermutationSpec:
             raise
         tolerance = SINGLE_TOLERANCE
         warnings.warn(
-            f"the model cannot run in float64 ({failure.__cause__}): it is checked in float32, to "
-            f"a relative error of {tolerance:.0e}",
+            f"the model cannot run in float64 ({failure.__cause__}): the self-check runs in "
+            f"float32, with a tolerance of {tolerance:.0e}",
             stacklevel=3,
         )
         twin = Twin(model, example_inputs, SINGLE)
         traced = trace(twin)
-    spec = read_off(traced.terms, _learnable(twin))
+    spec = terms_to_spec(traced.terms, _learnable(twin))
     spec = replace(spec, fingerprint=fingerprint(model))
-    proof = SelfCheck(twin, traced.runs, tolerance)
+    selfcheck = SelfCheck(twin, traced.runs, tolerance)
     for _ in range(3):
-        error, draw = proof.check(spec)
+        error, draw = selfcheck.check(spec)
         if draw is None:
             return spec
-        if not proof.is_repeatable(spec):
+        if not selfcheck.is_repeatable(spec):
             raise SpecError(
                 "the model's outputs are NaN, or differ between two equal runs: make its forward "
-                "pass repeatable under torch.manual_seed and finite on the example inputs (floats "
-                "that are all equal are replaced by standard normal ones), or trace a part of it"
+                "pass repeatable under torch.manual_seed and finite on the example inputs (float "
+                "tensors with equal values are replaced by standard normal ones), or derive the "
+                "spec of a part of the model"
             )
-        guilty = proof.guilty(spec, draw)
+        failing = selfcheck.failing_groups(spec, draw)
         warnings.warn(
-            f"the self-check pins the groups {guilty}: relative error {error:.1e}", stacklevel=3
+            f"the self-check pins the groups {failing}: relative error {error:.1e}", stacklevel=3
         )
-        spec = without(spec, guilty)
-    raise SpecError("the self-check still fails after its guilty groups were pinned")
+        spec = _without(spec, failing)
+    raise SpecError(
+        "the self-check fails even after the failing groups were pinned three times: please report "
+        "this as a bug, with the model"
+    )
 
 
 def _lacks_double(error: BaseException | None) -> bool:
-    """Whether an operator says that it is not there in double precision."""
+    """Whether an operator reports that it does not support double precision."""
     words = ("'Double'", "float64", "torch.double")
     return isinstance(error, (RuntimeError, TypeError)) and any(w in str(error) for w in words)
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers back as they were, and raise if the copy has written to it.
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers afterwards, and raise if running the copy changed the model.
 
-    A function that the model holds may refer to the model itself, where copying does not reach.
+    A function that the model holds may refer to the model itself, which copying cannot redirect.
     """
-    versions = {name: parameter._version for name, parameter in model.named_parameters()
-                if not parameter.is_inference()}  # fmt: skip
+    versions = {
+        name: parameter._version
+        for name, parameter in model.named_parameters()
+        if not parameter.is_inference()
+    }
     buffers = {
         name: (buffer, buffer.clone())
         for name, buffer in model.named_buffers()
@@ -129,25 +136,25 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        odd = [
+        changed = [
             name
             for name, parameter in model.named_parameters()
             if name in versions and parameter._version != versions[name]
         ]
         for name, (buffer, before) in buffers.items():
             if not torch.equal(buffer, before):
-                odd.append(name)
+                changed.append(name)
                 with torch.no_grad():
                     buffer.copy_(before)
-        if odd:
+        if changed:
             raise SpecError(
-                f"running a copy of the model changes the model's own {odd[:3]}: let forward use "
-                "submodules as attributes, not functions that refer to them"
+                f"running a copy of the model changes the model's own {changed[:3]}: let forward "
+                "use submodules as attributes, not functions that refer to them"
             )
 
 
 def _learnable(twin: Twin) -> tuple[str, ...]:
-    """Return the keys of the parameters, a tied one once."""
+    """Return the keys of the parameters; a tied one once."""
     seen: dict[int, str] = {}
     for key, tensor in twin.tensors.items():
         if isinstance(tensor, nn.Parameter):
@@ -155,20 +162,20 @@ def _learnable(twin: Twin) -> tuple[str, ...]:
     return tuple(seen.values())
 
 
-def without(spec: PermutationSpec, guilty: Sequence[str]) -> PermutationSpec:
-    """Return the spec with some groups pinned, and what lies within their units."""
-    gone = {*guilty, *(name for name, blocks in spec.within.items() if blocks in guilty)}
+def _without(spec: PermutationSpec, failing: Sequence[str]) -> PermutationSpec:
+    """Return the spec with some groups pinned, and with them the groups within their units."""
+    gone = {*failing, *(name for name, blocks in spec.within.items() if blocks in failing)}
 
-    def close(axis: Axis) -> Axis:
+    def fix(axis: Axis) -> Axis:
         match axis:
             case Group(name, size) if name in gone:
                 return Fixed(size)
             case Cat(parts):
-                return Cat(tuple(map(close, parts)))
+                return Cat(tuple(map(fix, parts)))
             case Prod(factors):
-                return Prod(tuple(map(close, factors)))
+                return Prod(tuple(map(fix, factors)))
             case Parted(across, cases):
-                return Parted(across, tuple((size, close(part)) for size, part in cases))
+                return Parted(across, tuple((size, fix(part)) for size, part in cases))
             case _:
                 return axis
 
@@ -179,7 +186,7 @@ def without(spec: PermutationSpec, guilty: Sequence[str]) -> PermutationSpec:
                 pinned[f"{key}[{dim}]"] = "self-check"
     return replace(
         spec,
-        axes={key: tuple(map(close, axes)) for key, axes in spec.axes.items()},
+        axes={key: tuple(map(fix, axes)) for key, axes in spec.axes.items()},
         groups={name: size for name, size in spec.groups.items() if name not in gone},
         within={name: blocks for name, blocks in spec.within.items() if name not in gone},
         pinned=pinned,

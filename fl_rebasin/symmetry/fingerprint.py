@@ -1,4 +1,4 @@
-"""What identifies an architecture: a hash of its modules, their settings and tensor shapes."""
+"""The fingerprint of an architecture: a hash of its modules, their settings and tensor shapes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
-"""Names of what is no setting: parts of a module, hooks, the training mode."""
+_NOT_SETTINGS = {*vars(nn.Module()), "_compiled_call_impl"}
+"""Attributes that every module has: submodules, tensors, hooks, the training mode."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash that two models share if they are built alike, whatever their weights.
+    """Return a hash that is equal for models of the same architecture, whatever their weights.
 
-    It covers the tree of modules with their classes, their plain settings (numbers, texts, flags,
-    functions and classes by name, and lists and the like of these; not the training mode, nor
-    hooks), and keys and shapes of the state dict.
+    It covers the tree of modules with their classes and plain settings, and the keys and shapes of
+    the state dict. Plain settings are numbers, strings, flags, functions and classes (by name), and
+    containers of these, but not hooks or the training mode.
     """
     lines = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -27,7 +27,7 @@ def fingerprint(model: nn.Module) -> str:
         settings = {
             key: text
             for key, value in sorted(vars(module).items())
-            if key not in _OF_EVERY_MODULE and (text := _plain(value)) is not None
+            if key not in _NOT_SETTINGS and (text := _plain(value)) is not None
         }
         lines.append(f"{name}: {kind.__module__}.{kind.__qualname__} {settings}")
     for key, value in model.state_dict().items():
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _plain(value: object) -> str | None:
-    """Return the text of a setting, the same in every process; None for anything not plain."""
+    """Return a setting as text that is the same in every process; None if it is not plain."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, _NAMED):

@@ -1,4 +1,4 @@
-"""The proof that ends every derivation: permuted models must be the same function."""
+"""The self-check of every derivation: permuted models must compute the same function."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ TOLERANCE = 1e-9
 SINGLE_TOLERANCE = 1e-4
 """The same in float32, for models that cannot run in float64."""
 DRAWS = 2
+"""Number of random permutations that a spec has to pass."""
 
 
 def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Return the largest relative error over two lists of tensors; NaN counts as 1."""
+    """Return the largest relative error between two lists of tensors; NaN counts as 1."""
     if [tensor.shape for tensor in left] != [tensor.shape for tensor in right]:
         return 1.0
     worst = 0.0
@@ -37,11 +38,11 @@ def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 class SelfCheck:
-    """Compares permuted models with the model, in every mode that is a function of its own.
+    """Compares permuted models with the model itself, in each mode with a function of its own.
 
     Args:
-        twin: copy of the model.
-        runs: what it gave before it was permuted, by mode.
+        twin: private copy of the model.
+        runs: the runs of the unpermuted copy, by mode.
         tolerance: largest relative error that passes.
     """
 
@@ -49,16 +50,16 @@ class SelfCheck:
         self._twin, self._runs, self._tolerance = twin, runs, tolerance
 
     def error(self, spec: PermutationSpec, permutation: Permutation) -> float:
-        """Return the largest relative error that a permutation causes; 1 or so where it is wrong.
+        """Return the largest relative error of outputs and written buffers under a permutation.
 
-        Outputs, and all buffers that the run writes, are compared.
+        A wrong permutation has an error of about 1.
         """
         worst = 0.0
         self._twin.permute(spec, permutation)
         for training, expected in self._runs.items():
             try:
                 found = self._twin.run(training)
-            except Exception:  # The forward pass is the user's code; it has run before.
+            except Exception:  # The forward pass is the user's code, and has run unpermuted.
                 return 1.0
             if expected.written.keys() != found.written.keys():
                 return 1.0
@@ -73,11 +74,11 @@ class SelfCheck:
         return worst
 
     def is_repeatable(self, spec: PermutationSpec) -> bool:
-        """Return whether the model passes that is not permuted at all."""
+        """Whether the unpermuted model passes."""
         return self.error(spec, spec.identity()) < self._tolerance
 
     def check(self, spec: PermutationSpec) -> tuple[float, Permutation | None]:
-        """Try random permutations; return the largest relative error, and the first that fails."""
+        """Try random permutations; return the largest relative error, and the first failing one."""
         worst = 0.0
         for draw in _draws(spec):
             worst = max(worst, self.error(spec, draw))
@@ -85,40 +86,40 @@ class SelfCheck:
                 return worst, draw
         return worst, None
 
-    def guilty(self, spec: PermutationSpec, draw: Permutation) -> list[str]:
+    def failing_groups(self, spec: PermutationSpec, draw: Permutation) -> list[str]:
         """Return the groups that make a permutation fail."""
-        return self._guilty(spec, draw, list(spec.groups))
+        return self._failing(spec, draw, list(spec.groups))
 
-    def _guilty(self, spec: PermutationSpec, draw: Permutation, names: list[str]) -> list[str]:
-        """Find by bisection the groups without which the rest passes.
+    def _failing(self, spec: PermutationSpec, draw: Permutation, names: list[str]) -> list[str]:
+        """Find by bisection the groups without which the others pass.
 
-        Groups that are harmless apart and not together are all guilty.
+        If groups pass one by one but fail together, all of them count as failing.
         """
         if len(names) < 2:
             return names
         half = len(names) // 2
         found: list[str] = []
-        for some in (names[:half], names[half:]):
-            if not self._error_of(spec, draw, some) < self._tolerance:
-                found += self._guilty(spec, draw, some)
+        for part in (names[:half], names[half:]):
+            if not self._error_of(spec, draw, part) < self._tolerance:
+                found += self._failing(spec, draw, part)
         rest = [name for name in names if name not in found]
         if len(found) < len(names) and not self._error_of(spec, draw, rest) < self._tolerance:
             return names
         return found
 
     def _error_of(self, spec: PermutationSpec, draw: Permutation, names: Sequence[str]) -> float:
-        """Return the error when only some groups are permuted."""
+        """Return the error of a permutation that moves the named groups alone."""
         indices = dict(spec.identity().indices) | {name: draw[name] for name in names}
         return self.error(spec, Permutation(indices, spec.within))
 
 
 def _draws(spec: PermutationSpec) -> Iterator[Permutation]:
-    """Yield random permutations that move every group; a small one could come out as it was."""
+    """Yield random permutations that move every group: a small one may be drawn unmoved."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(DRAWS):
         drawn = spec.random(generator)
         indices = {}
         for name, index in drawn.indices.items():
-            still = bool((index == torch.arange(index.shape[-1])).all())
-            indices[name] = index.roll(1, -1) if still else index
+            unmoved = bool((index == torch.arange(index.shape[-1])).all())
+            indices[name] = index.roll(1, -1) if unmoved else index
         yield Permutation(indices, spec.within)

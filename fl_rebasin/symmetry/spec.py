@@ -1,4 +1,4 @@
-"""What may be permuted in a model, and the permutations themselves."""
+"""Permutation specs: what may be permuted in a model, and the permutations themselves."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from torch import Tensor, nn
 from fl_rebasin.state_dicts import StateDict, like
 from fl_rebasin.symmetry.axes import Axis, groups_of, move_tensor
 
-REMEDY = "derive the spec from a model of the state dict's own architecture"
+REMEDY = "derive the spec from a model with the architecture of the state dict"
 
 
 class SpecError(ValueError):
-    """A model, a state dict or a permutation that does not fit."""
+    """A model, a state dict, a permutation or a spec is invalid, or does not match another."""
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """Where the units come from: after the move, unit `k` is the old unit `indices[group][k]`.
+    """A permutation of the units of each group.
+
+    After it is applied, unit `k` of a group is the former unit `indices[group][k]`.
 
     Attributes:
-        indices: for each group an int64 tensor of shape `(size,)`; for a group within blocks
-            `(blocks, size)`, where row `k` is the order within the block that comes to place `k`.
-        within: for each group within blocks the name of the group of the blocks.
+        indices: for each group an int64 tensor of shape `(size,)`. For a group within blocks its
+            shape is `(blocks, size)`: row `k` is the order of the units in the block that ends up
+            at position `k`.
+        within: for each group within blocks, the name of the group of the blocks.
     """
 
     indices: Mapping[str, Tensor]
@@ -59,7 +62,7 @@ class Permutation:
         """Return the permutation that applies `first` and then this one."""
         if self.indices.keys() != first.indices.keys() or self.within != first.within:
             odd = sorted(self.indices.keys() ^ first.indices.keys()) or sorted(self.within)
-            raise SpecError(f"permutations of different specs: they differ in {odd[:3]}")
+            raise SpecError(f"the permutations belong to different specs: they differ in {odd[:3]}")
         indices = {}
         for name, index in self.indices.items():
             if name in self.within:
@@ -71,7 +74,7 @@ class Permutation:
 
     @property
     def moved(self) -> int:
-        """Number of units that do not stay in their place."""
+        """Number of units that change their position."""
         return sum(
             int((index != torch.arange(index.shape[-1])).sum()) for index in self.indices.values()
         )
@@ -87,14 +90,14 @@ class PermutationSpec:
     """How every axis of every tensor of a state dict moves.
 
     Attributes:
-        axes: for each key of the state dict one expression an axis (none for a scalar).
-        groups: name and size of everything that may be permuted.
-        within: for each group of units within blocks (of an attention head, for example) the
-            group of the blocks; each block has such units of its own.
-        fingerprint: identifies the architecture that the spec was derived from.
+        axes: for each key of the state dict the expression of each axis (empty for a scalar).
+        groups: the size of each group of units that may be permuted, by name.
         pinned: axes that may not move, as `"key[axis]"`, each with its reason.
-        learnable: keys of the parameters that count in the matching objective; buffers are
-            permuted along but do not count, and a tied tensor counts once.
+        learnable: keys of the parameters that count in the matching objective. Buffers are permuted
+            but do not count, and a tied tensor counts once.
+        within: for each group of units within blocks (within attention heads, for example), the
+            name of the group of the blocks. Each block has its own order of these units.
+        fingerprint: identifies the architecture from which the spec was derived.
     """
 
     axes: Mapping[str, tuple[Axis, ...]]
@@ -106,29 +109,29 @@ class PermutationSpec:
 
     def identity(self) -> Permutation:
         """Return the permutation that moves nothing."""
-        return Permutation(
-            {name: torch.arange(shape[-1]).repeat(*shape[:-1], 1).reshape(shape)
-             for name, shape in self._shapes()},
-            self.within,
-        )  # fmt: skip
+        indices = {
+            name: torch.arange(shape[-1]).repeat(*shape[:-1], 1).reshape(shape)
+            for name, shape in self._shapes()
+        }
+        return Permutation(indices, self.within)
 
     def random(self, generator: torch.Generator) -> Permutation:
         """Return a uniformly random permutation of every group."""
-        return Permutation(
-            {name: torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
-             for name, shape in self._shapes()},
-            self.within,
-        )  # fmt: skip
+        indices = {
+            name: torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+            for name, shape in self._shapes()
+        }
+        return Permutation(indices, self.within)
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the shape of each group's index tensor."""
+        """Yield each group's name and the shape of its index tensor."""
         for name, size in self.groups.items():
             blocks = self.within.get(name)
             yield name, (size,) if blocks is None else (self.groups[blocks], size)
 
     @property
     def freedom(self) -> float:
-        """Share of the learnable parameters with at least one axis that may move, in [0, 1]."""
+        """Fraction of the learnable parameters with at least one axis that may move, in [0, 1]."""
         total = free = 0
         for key in self.learnable:
             count = math.prod(axis.size for axis in self.axes[key])
@@ -137,7 +140,7 @@ class PermutationSpec:
         return free / total if total else 0.0
 
     def check(self, state_dict: StateDict) -> None:
-        """Raise `SpecError` unless keys and shapes of a state dict are those of this spec."""
+        """Raise `SpecError` unless a state dict has the keys and shapes of this spec."""
         if isinstance(state_dict, nn.Module):
             raise SpecError("expected a state dict, got a module: pass module.state_dict()")
         self.check_keys(state_dict)
@@ -161,10 +164,10 @@ class PermutationSpec:
             )
 
     def apply(self, permutation: Permutation, state_dict: StateDict) -> dict[str, Tensor]:
-        """Return a new state dict, the same function with its units permuted.
+        """Return a state dict with permuted units, with which the model computes the same function.
 
         Args:
-            permutation: one index tensor for every group of this spec.
+            permutation: an index tensor for each group of this spec.
             state_dict: tensors with the keys and shapes of this spec; not changed.
 
         Raises:
@@ -185,19 +188,19 @@ class PermutationSpec:
         )
 
     def move(self, key: str, tensor: Tensor, permutation: Permutation) -> Tensor:
-        """Return a copy of the tensor of one key, moved by a permutation.
+        """Return a permuted copy of the tensor with some key, of the same dtype.
 
-        Groups that the permutation does not name stay. The dtype is kept.
+        Groups that the permutation does not name are not moved.
         """
         return move_tensor(tensor, self.axes[key], permutation.indices)
 
     def check_permutation(self, permutation: Permutation) -> None:
-        """Raise `SpecError` unless a permutation is one of every group of this spec."""
+        """Raise `SpecError` unless a permutation fits the groups of this spec."""
         if odd := sorted(permutation.indices.keys() ^ self.groups.keys()):
             raise SpecError(f"permutation and spec differ in the groups {odd[:3]}")
         for name, shape in self._shapes():
             index = permutation.indices[name]
-            # One order for all blocks may be given for those within blocks.
+            # Blocks may share one order of the units within them.
             fits = index.shape in (shape, shape[-1:])
             if not fits or not torch.equal(
                 index.sort(-1).values, torch.arange(shape[-1]).expand_as(index)
@@ -205,20 +208,20 @@ class PermutationSpec:
                 raise SpecError(f"{name}: not a permutation of {shape[-1]} units")
 
     def describe(self) -> str:
-        """Return a readable table: the groups with what they permute, then what is pinned.
+        """Return a readable table: the groups and what they permute, then what is pinned and why.
 
-        The number of a group within blocks is given as `blocks x size`.
+        The size of a group within blocks reads `blocks x size`.
         """
         uses: dict[str, list[str]] = {name: [] for name in self.groups}
         for key, axes in self.axes.items():
             for dim, axis in enumerate(axes):
                 for group in dict.fromkeys(groups_of(axis)):
                     uses[group.name].append(f"{key}[{dim}]")
-        uses = {name: _grouped(places) for name, places in uses.items()}
+        uses = {group: _grouped(names) for group, names in uses.items()}
         sizes = {name: " x ".join(map(str, shape)) for name, shape in self._shapes()}
         reasons: dict[str, list[str]] = {}
-        for place, reason in self.pinned.items():
-            reasons.setdefault(reason, []).append(place)
+        for axis_name, reason in self.pinned.items():
+            reasons.setdefault(reason, []).append(axis_name)
         lines = [
             *_table(
                 ("group", "size", "permutes"),
@@ -229,35 +232,36 @@ class PermutationSpec:
         if reasons:
             lines += _table(
                 ("pinned", "axes", "which"),
-                [
-                    (reason, str(len(places)), _grouped(places))
-                    for reason, places in reasons.items()
-                ],
+                [(reason, str(len(names)), _grouped(names)) for reason, names in reasons.items()],
             )
         return "\n".join(lines)
 
     __str__ = describe
 
 
-def _grouped(places: list[str]) -> list[str]:
-    """Write the axes of one tensor together: `key[0]` and `key[2]` as `key[0,2]`."""
+def _grouped(names: list[str]) -> list[str]:
+    """Join the axes of one tensor: `key[0]` and `key[2]` become `key[0,2]`."""
     dims: dict[str, list[str]] = {}
-    for place in places:
-        key, _, dim = place.rpartition("[")
+    for name in names:
+        key, _, dim = name.rpartition("[")
         dims.setdefault(key, []).append(dim.removesuffix("]"))
     return [f"{key}[{','.join(numbers)}]" for key, numbers in dims.items()]
 
 
 def _table(head: tuple[str, str, str], rows: list[tuple[str, str, list[str]]]) -> list[str]:
-    """Lay out rows of a name, a number and a list, which is wrapped."""
+    """Format rows of a name, a number and a list, which is wrapped."""
     first = max(len(name) for name in (head[0], *(row[0] for row in rows)))
     second = max(len(number) for number in (head[1], *(row[1] for row in rows)))
     lines = [f"{head[0]:<{first}}  {head[1]:>{second}}  {head[2]}"]
     for name, number, items in rows:
         indent = " " * (first + second + 4)
         text = textwrap.fill(
-            ", ".join(items), max(100, len(indent) + 40), initial_indent=indent,
-            subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+            ", ".join(items),
+            max(100, len(indent) + 40),
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         lines.append(f"{name:<{first}}  {number:>{second}}  {text.lstrip()}")
     return lines

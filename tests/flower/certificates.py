@@ -1,4 +1,4 @@
-"""Certificates and keys for a test: an authority, a server on this machine, SuperNodes."""
+"""Creates certificates and keys: for an authority, a server on this machine, and SuperNodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files: the authority's certificate; the server's certificate, which it signed, and key."""
+    """Paths of the authority's certificate, and of the server's certificate and private key."""
 
     authority: Path
     server: Path
@@ -27,7 +27,7 @@ class Certificates:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Write certificates for 127.0.0.1, valid for an hour."""
+    """Write certificates for 127.0.0.1 that are valid for an hour."""
     authority_key = ec.generate_private_key(ec.SECP256R1())
     server_key = ec.generate_private_key(ec.SECP256R1())
     authority_name = _name("test authority")
@@ -70,7 +70,7 @@ def make_certificates(folder: Path) -> Certificates:
 
 
 def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a SuperNode's private and public key, as OpenSSH has them; return both paths."""
+    """Write a SuperNode's private and public key in OpenSSH's format; return both paths."""
     key = ec.generate_private_key(ec.SECP384R1())
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     private.write_bytes(key.private_bytes(Enc.PEM, Private.OpenSSH, NoEncryption()))

@@ -1,4 +1,4 @@
-"""A federation of real processes on this machine: a SuperLink, SuperNodes, Flower's commands."""
+"""A federation of real processes on this machine: a SuperLink, SuperNodes, Flower commands."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from certificates import Certificates
 
 ROOT = Path(__file__).parents[2]
 LINK = "link"
-"""The SuperLink's name in Flower's configuration."""
+"""The SuperLink's name in Flower's configuration file."""
 PATIENCE = 480
-"""Seconds to wait for anything; the slowest, a whole run, took 143 on two busy cores."""
+"""Seconds to wait for any event. The slowest, a complete run, took 143 s on two busy cores."""
 JOINED = "SuperNode ID"
-"""What a SuperNode logs when the SuperLink has let it in."""
+"""A SuperNode logs this once the SuperLink has accepted it."""
 
 
 class Deployment:
-    """Processes that share one FLWR_HOME; each has a log, all of them end with `close`.
+    """Processes that share one FLWR_HOME. Each has a log; `close` ends all of them.
 
     Args:
-        folder: An empty folder, for logs and Flower's files.
-        certificates: With them the SuperLink speaks TLS and knows only registered SuperNodes.
+        folder: an empty folder for logs and Flower's files.
+        certificates: with certificates the SuperLink uses TLS and accepts only registered
+            SuperNodes.
     """
 
     def __init__(self, folder: Path, certificates: Certificates | None = None) -> None:
@@ -43,19 +44,16 @@ class Deployment:
         self.certificates = certificates
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        connection = {
-            "address": f"127.0.0.1:{self.port}",
-            **(
-                {"insecure": True}
-                if certificates is None
-                else {"root-certificates": str(certificates.authority)}
-            ),
-        }
+        connection: dict[str, Any] = {"address": f"127.0.0.1:{self.port}"}
+        if certificates is None:
+            connection["insecure"] = True
+        else:
+            connection["root-certificates"] = str(certificates.authority)
         lines = [f"{key} = {json.dumps(value)}" for key, value in connection.items()]
         (self.home / "config.toml").write_text("\n".join([f"[superlink.{LINK}]", *lines, ""]))
 
     def start(self, name: str, *command: str | Path) -> None:
-        """Start a process in a group of its own."""
+        """Start a process in its own process group."""
         environment = {
             **os.environ,
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
@@ -82,40 +80,43 @@ class Deployment:
 
     def start_superlink(self) -> None:
         """Start the SuperLink and wait until it listens."""
-        options: list[str | Path] = ["--insecure"]
+        options = ["--insecure"]
         if self.certificates is not None:
             options = [
-                *("--ssl-ca-certfile", self.certificates.authority),
-                *("--ssl-certfile", self.certificates.server),
-                *("--ssl-keyfile", self.certificates.server_key),
+                f"--ssl-ca-certfile={self.certificates.authority}",
+                f"--ssl-certfile={self.certificates.server}",
+                f"--ssl-keyfile={self.certificates.server_key}",
                 "--enable-supernode-auth",
             ]
         self.start(
             "superlink",
-            *("flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)),
+            "flower-superlink",
+            "--host=127.0.0.1",
+            f"--port={self.port}",
             "--disable-runtime-dependency-installation",
             *options,
         )
         self.wait(lambda: listens(self.port), "the SuperLink listens", alive="superlink")
 
     def start_supernode(self, name: str, partition: str, *options: str | Path) -> None:
-        """Start a SuperNode; `partition` is as `0/3`. Without options it speaks plain text."""
+        """Start a SuperNode with a partition such as `0/3`; without options it does not use TLS."""
         number, total = partition.split("/")
         self.start(
             name,
-            *("flower-supernode", "--superlink", f"127.0.0.1:{self.port}"),
-            *("--port", str(free_port())),
-            *("--node-config", f"partition-id={number} num-partitions={total}"),
+            "flower-supernode",
+            f"--superlink=127.0.0.1:{self.port}",
+            f"--port={free_port()}",
+            f"--node-config=partition-id={number} num-partitions={total}",
             *(options or ("--insecure",)),
         )
 
     def start_run(self, app: Path, config: Mapping[str, Any]) -> None:
-        """Start a run; the process `run` ends with it, and its log is the ServerApp's."""
+        """Start a run; the process `run` logs what the ServerApp logs, and ends with the run."""
         settings = [f"{key}={json.dumps(value)}" for key, value in config.items()]
         self.start("run", "flwr", "run", app, LINK, "--stream", "--run-config", " ".join(settings))
 
     def flwr(self, *arguments: str | Path) -> dict[str, Any]:
-        """Return what a command of Flower's says in JSON."""
+        """Run a Flower command; return its JSON output."""
         name = "flwr-" + "-".join(arg for arg in arguments if isinstance(arg, str))
         self.start(name, "flwr", *arguments, LINK, "--format", "json")
         self.wait(lambda: self.ended(name), f"{name} ends")
@@ -129,7 +130,7 @@ class Deployment:
         return [run["status"] for run in self.flwr("ls")["runs"]]
 
     def nodes(self) -> dict[str, str]:
-        """Return the status of each SuperNode that the SuperLink knows, by id."""
+        """Return the status of each SuperNode that the SuperLink knows, by ID."""
         nodes = self.flwr("supernode", "list")["nodes"]
         return {str(node["node-id"]): node["status"] for node in nodes}
 
@@ -140,15 +141,15 @@ class Deployment:
         return self.processes[name].poll() is not None
 
     def kill(self, name: str) -> None:
-        """End a process and its children at once, as when a machine loses power."""
+        """Kill a process and its children at once, as if their machine lost power."""
         os.killpg(self.processes[name].pid, signal.SIGKILL)
         self.processes[name].wait()
 
     def wait(self, condition: Callable[[], object], what: str, alive: str | None = None) -> None:
-        """Ask again and again until something holds.
+        """Wait until a condition holds.
 
         Raises:
-            AssertionError: it does not hold in time, or a process that it depends on has ended.
+            AssertionError: it does not hold in time, or the process `alive` has ended.
         """
         deadline = time.monotonic() + PATIENCE
         while not condition():
@@ -157,11 +158,11 @@ class Deployment:
             time.sleep(0.1)
 
     def wait_for(self, name: str, words: str) -> None:
-        """Wait until a process logs something."""
-        self.wait(lambda: words in self.log(name), f"{name} says {words!r}", alive=name)
+        """Wait until a process logs some words."""
+        self.wait(lambda: words in self.log(name), f"{name} logs {words!r}", alive=name)
 
     def close(self) -> None:
-        """End all processes, also those that left their parent's group or lost their parent."""
+        """End all processes, including those that left their group or lost their parent."""
         deadline = time.monotonic() + 30
         while ours := self._alive():
             assert time.monotonic() < deadline, f"these do not end: {ours}"
@@ -173,7 +174,7 @@ class Deployment:
             started.wait()
 
     def _alive(self) -> list[psutil.Process]:
-        """Return all processes whose FLWR_HOME is this one."""
+        """Return all processes with this FLWR_HOME."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -185,7 +186,7 @@ class Deployment:
 
 
 def free_port() -> int:
-    """Return a port below those that systems hand out to outgoing connections."""
+    """Return a free port below the range that systems use for outgoing connections."""
     for port in random.SystemRandom().sample(range(20000, 32000), 50):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

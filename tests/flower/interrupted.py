@@ -1,8 +1,9 @@
-"""A run that a test breaks off: the same federation each time; as a script it kills its own runs.
+"""A small federation that always does the same, and a script that kills its runs.
 
-`python interrupted.py FOLDER ROUNDS` starts the run again and again; the run kills itself with
-SIGKILL, at chosen moments of writing and at random ones. When one run gets through, its result is
-in `FOLDER/result.json`, and what lay in the folder after each death is printed.
+`python interrupted.py FOLDER ROUNDS CALLS RANDOM` starts a run with checkpoints again and again.
+The run kills itself with SIGKILL: at chosen moments of writing (in the first CALLS calls of each
+function that writes), then at RANDOM random moments. Once a run completes, its result is in
+`FOLDER/result.json`, and the script prints the folder's file names after each death.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ from federation import Federation, tensors
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
-from helpers import near
+from helpers import nearby
 from torch import nn
 
 from fl_rebasin.flower import Checkpointed, ReBasinStrategy
 
 NODES = range(1, 5)
-RANDOM_DEATHS = 20
-MOST_CALLS = 150_000
-"""Calls of functions and returns from them, in a little more than one round."""
+MOST_EVENTS = 150_000
+"""Function calls and returns in slightly more than one round."""
 
 
 def net() -> nn.Sequential:
@@ -45,9 +45,7 @@ def net() -> nn.Sequential:
 
 @cache
 def template() -> ReBasinStrategy:
-    return ReBasinStrategy(
-        model=net(), example_inputs=torch.zeros(2, 3), recalibrate_batchnorm=False
-    )
+    return ReBasinStrategy(model=net(), example_inputs=torch.zeros(2, 3), finish=[])
 
 
 def aligned(
@@ -62,7 +60,7 @@ def aligned(
 
 
 def client(node: int) -> Callable[[Message, Context], Message]:
-    """A client who goes by the model, the round and the config, and by nothing else."""
+    """A client whose replies depend only on the model, the round and the config."""
 
     def answer(message: Message, context: Context) -> Message:
         config = message.content.config_records["config"]
@@ -72,7 +70,7 @@ def client(node: int) -> Callable[[Message, Context], Message]:
         if message.metadata.message_type != "train":
             metrics["weight"] = float(state["0.weight"].double().sum())
             return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
-        trained = near(state, seed, scale=config.get("lr", 0.01))
+        trained = nearby(state, seed, scale=config.get("lr", 0.01))
         if seed % 3 == 0:
             generator = torch.Generator().manual_seed(seed)
             trained = spec.apply(spec.random(generator), trained)
@@ -83,7 +81,7 @@ def client(node: int) -> Callable[[Message, Context], Message]:
 
 
 def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-    """Measures that go by the model and by all the random states."""
+    """Metrics that depend on the model and on all random states."""
     if server_round == 2:
         return None
     return MetricRecord(
@@ -99,7 +97,7 @@ def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
 
 
 def run(strategy: Strategy, rounds: int, world: Federation | None = None, seed: int = 7) -> Result:
-    """All rounds that the strategy has to run."""
+    """Run a strategy from the usual model, with seeded random states."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -110,7 +108,7 @@ def run(strategy: Strategy, rounds: int, world: Federation | None = None, seed: 
 
 
 def timeless(metrics: dict[int, MetricRecord]) -> list[Any]:
-    """All metrics but for measured seconds; as text, in which NaN equals NaN."""
+    """All metrics except times, as text, in which NaN equals NaN."""
     return [
         (number, [(key, repr(value)) for key, value in record.items() if "seconds" not in key])
         for number, record in metrics.items()
@@ -118,20 +116,21 @@ def timeless(metrics: dict[int, MetricRecord]) -> list[Any]:
 
 
 def everything(result: Result) -> list[Any]:
-    """All that a run leaves, as text: equal if each bit is."""
+    """The result of a run and the random states after it, as text: equal only bit for bit."""
+    numpy_state = np.random.get_state()
     return [
         [(key, a.dtype, list(a.shape), a.data.hex()) for key, a in result.arrays.items()],
         timeless(result.train_metrics_clientapp),
         timeless(result.evaluate_metrics_clientapp),
         timeless(result.evaluate_metrics_serverapp),
         repr(random.getstate()),
-        repr([list(map(str, part)) if isinstance(part, np.ndarray) else part
-              for part in np.random.get_state()]),
+        repr([part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state]),
         torch.get_rng_state().tolist(),
-    ]  # fmt: skip
+    ]
 
 
-def interrupted(folder: Path, rounds: int) -> Result:
+def resumable(folder: Path, rounds: int) -> Result:
+    """Run or resume the run of the script."""
     return run(aligned(FedAdam(fraction_train=0.5), folder, resume=True, keep=2), rounds)
 
 
@@ -140,7 +139,7 @@ def _die() -> None:
 
 
 def _deadly(function: Callable[..., Any], calls: int, after: bool) -> Callable[..., Any]:
-    """A function that does not survive one of its calls."""
+    """Kill the process in a later call of a function, before or after the call does its work."""
     counted = iter(range(calls))
 
     def call(*args: Any, **options: Any) -> Any:
@@ -156,6 +155,7 @@ def _deadly(function: Callable[..., Any], calls: int, after: bool) -> Callable[.
 
 
 def _half_written(calls: int) -> None:
+    """Kill the process when half of a file is written."""
     counted = iter(range(calls))
     true_open = builtins.open
 
@@ -181,9 +181,9 @@ def _half_written(calls: int) -> None:
     builtins.open = half_open  # type: ignore[assignment]
 
 
-def _anywhere(calls: int) -> None:
-    """Die at one of the calls to come, of any function: no clock, the same on every machine."""
-    counted = iter(range(calls))
+def _anywhere(events: int) -> None:
+    """Kill the process after a number of profiler events: no clock, so it always does the same."""
+    counted = iter(range(events))
 
     def each(*event: object) -> None:
         if next(counted, None) is None:
@@ -192,41 +192,41 @@ def _anywhere(calls: int) -> None:
     sys.setprofile(each)
 
 
-def _faults() -> Iterator[Callable[[], None]]:
-    """What is set up in a run so that it dies: while it writes, and anywhere."""
+def _faults(most_calls: int, random_deaths: int) -> Iterator[Callable[[], None]]:
+    """Functions that prepare a run to die: first while it writes, then anywhere."""
 
     def dying(name: str, calls: int, after: bool) -> Callable[[], None]:
         return lambda: setattr(os, name, _deadly(getattr(os, name), calls, after))
 
-    for calls in (0, 1, 2):
-        yield lambda calls=calls: _half_written(calls)
+    for calls in range(most_calls):
+        yield partial(_half_written, calls)
         for name in ("fsync", "replace", "unlink"):
             yield dying(name, calls, after=False)
             yield dying(name, calls, after=True)
     rng = random.Random(1)
-    for _ in range(RANDOM_DEATHS):
-        yield partial(_anywhere, rng.randrange(MOST_CALLS))
+    for _ in range(random_deaths):
+        yield partial(_anywhere, rng.randrange(MOST_EVENTS))
 
 
 def _child(folder: Path, rounds: int, fault: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
         fault()
-        result = interrupted(folder, rounds)
+        result = resumable(folder, rounds)
         with open(folder / "result.json", "w") as file:
             json.dump(everything(result), file)
         os._exit(0)
     return pid
 
 
-def main(folder: Path, rounds: int) -> None:
+def main(folder: Path, rounds: int, most_calls: int, random_deaths: int) -> None:
     torch.set_num_threads(1)
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     template()
     gc.freeze()
     deaths: list[str] = []
-    faults = _faults()
+    faults = _faults(most_calls, random_deaths)
     while True:
         pid = _child(folder, rounds, next(faults, lambda: None))
         _, status = os.waitpid(pid, 0)
@@ -238,4 +238,4 @@ def main(folder: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

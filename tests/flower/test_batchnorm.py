@@ -33,16 +33,16 @@ from federation import (
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Strategy
-from helpers import State, assert_same, lively, named_spec, random_state, state_of
+from helpers import State, assert_same, generic, named_spec, random_state, state_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import ZOO, Entry
 
 from fl_rebasin.flower import BatchNorm, ReBasinStrategy, add_rebasin_handlers
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.questions import TIMEOUT
+from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.batchnorm import MAX_MEAN, MAX_VARIANCE
-from fl_rebasin.merging.finishing import Finished
+from fl_rebasin.merging.finishing_step import Finished
 
 BARE = Entry(lambda: nn.BatchNorm1d(3), lambda: torch.zeros(2, 3), ())
 NETS: dict[str, Net] = {
@@ -132,7 +132,7 @@ def assert_statistics(
 @pytest.mark.parametrize("name", NETS)
 def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
     net = NETS[name]
-    model, data = lively(entry_of(net), 0), client_data(net)
+    model, data = generic(entry_of(net), 0), client_data(net)
     state = state_of(model)
     before = copy.deepcopy(state)
     world = federation(double(net), data)
@@ -156,7 +156,7 @@ def test_pooled_statistics_are_those_of_all_data_together(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_the_first_layer_gets_what_a_training_step_on_the_joint_batch_gives(name: str) -> None:
     net = NETS[name]
-    model, data = lively(entry_of(net), 0), client_data(net)
+    model, data = generic(entry_of(net), 0), client_data(net)
     result = recalibrated(net, state_of(model), honest(net), nodes=[1, 2])
 
     for layer in model.modules():
@@ -170,7 +170,7 @@ def test_the_first_layer_gets_what_a_training_step_on_the_joint_batch_gives(name
 
 
 def test_labels_are_ignored() -> None:
-    model, data = lively(ZOO[NET], 0), client_data(NET)
+    model, data = generic(ZOO[NET], 0), client_data(NET)
     labelled = [(data[1][0], torch.zeros(5)), [data[2][0], "anything"]]
     world = federation(double(NET), {1: labelled})
     result = recalibrated(NET, state_of(model), world, nodes=[1])
@@ -178,7 +178,7 @@ def test_labels_are_ignored() -> None:
 
 
 def test_only_the_given_nodes_are_asked() -> None:
-    model, world = lively(ZOO[NET], 0), honest()
+    model, world = generic(ZOO[NET], 0), honest()
     result = recalibrated(NET, state_of(model), world, nodes=[1, 3])
     assert world.asked("batchnorm") == [1, 3]
     assert world.grid.send_and_receive.call_args.kwargs == {"timeout": TIMEOUT}
@@ -278,7 +278,7 @@ def test_an_invalid_answer_is_dropped_and_the_others_are_pooled(
     case: str, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     app, words = BAD[case]
-    state = state_of(lively(ZOO[NET], 0))
+    state = state_of(generic(ZOO[NET], 0))
     world = honest()
     expected = recalibrated(NET, state, world, nodes=[1, 2])
     assert dropped(caplog) == []
@@ -344,7 +344,7 @@ def test_a_layer_missing_from_one_answer_is_pooled_from_the_others() -> None:
             content.array_records["answer"].pop(f"2.{key}")
         put(content, "answer", "9.mean", np.full(5, np.nan))
 
-    state = state_of(lively(ZOO[NET], 0))
+    state = state_of(generic(ZOO[NET], 0))
     world = honest()
     of_all = recalibrated(NET, state, world).state_dict
     of_two = recalibrated(NET, state, world, nodes=[1, 2]).state_dict
@@ -360,7 +360,7 @@ def test_a_layer_missing_from_one_answer_is_pooled_from_the_others() -> None:
 
 
 def test_mock_replies_are_read_as_well() -> None:
-    state, world = state_of(lively(ZOO[NET], 0)), honest()
+    state, world = state_of(generic(ZOO[NET], 0)), honest()
     world.apps[2] = failing
     expected = recalibrated(NET, state, world)
     world.grid.send_and_receive.side_effect = lambda messages, timeout: map(
@@ -375,7 +375,7 @@ def test_mock_replies_are_read_as_well() -> None:
 def test_without_valid_answers_the_model_is_unchanged(
     apps: dict[int, Answer | None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = state_of(lively(ZOO[NET], 0))
+    state = state_of(generic(ZOO[NET], 0))
     before = copy.deepcopy(state)
     result = recalibrated(NET, state, Federation(apps), nodes=list(apps))
     assert result.state_dict is state
@@ -387,7 +387,7 @@ def test_without_valid_answers_the_model_is_unchanged(
 
 
 def test_a_node_that_does_not_answer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model, world = lively(ZOO[NET], 0), honest()
+    model, world = generic(ZOO[NET], 0), honest()
     world.apps[2] = None
     result = recalibrated(NET, state_of(model), world)
     assert answered(result) == 2
@@ -423,7 +423,7 @@ def test_a_model_without_statistics_asks_nothing(case: str) -> None:
 
 
 def test_answering_changes_only_the_weights_of_the_clients_module() -> None:
-    own = lively(ZOO[NET], 1).train()
+    own = generic(ZOO[NET], 1).train()
     own[3].eval()
     batches = client_data(NET)[3]
     batches_before = copy.deepcopy(batches)
@@ -431,7 +431,7 @@ def test_answering_changes_only_the_weights_of_the_clients_module() -> None:
     world.contexts[1] = Context(1, 1, {}, RecordDict(), {})
     world.contexts[1].state["counter"] = MetricRecord({"round": 4})
     context_before = copy.deepcopy(world.contexts[1])
-    state = state_of(lively(ZOO[NET], 0))
+    state = state_of(generic(ZOO[NET], 0))
     recalibrated(NET, state, world, nodes=[1])
 
     assert world.contexts[1] == context_before
@@ -453,7 +453,7 @@ def test_load_gets_the_clients_context() -> None:
 
     app = ClientApp()
     add_rebasin_handlers(app, load)
-    state = state_of(lively(ZOO[NET], 0))
+    state = state_of(generic(ZOO[NET], 0))
     recalibrated(NET, state, Federation({5: app, 9: app}), nodes=[5, 9])
     assert seen == [5, 9]
 

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from zoo import ZOO
 
 CLIENTS = 5
@@ -129,7 +129,7 @@ CASES = {
 def neighbours(model: State, server_round: int) -> dict[int, State]:
     # The clients' updates differ, so that a median is not a mean and Krum has a choice.
     return {
-        node_id: near(model, 10 * server_round + node_id, scale=1e-3 * (1 + node_id % 3))
+        node_id: nearby(model, 10 * server_round + node_id, scale=1e-3 * (1 + node_id % 3))
         for node_id in WEIGHTS
     }
 

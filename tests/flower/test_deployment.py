@@ -1,4 +1,4 @@
-"""The example app on a real SuperLink and SuperNodes: who comes, who goes, who is kept out."""
+"""The example app on a real SuperLink: SuperNodes join, die and are refused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ pytestmark = pytest.mark.slow
 
 APP = ROOT / "examples" / "digits"
 GOOD = 0.8
-"""Accuracy; chance is 0.1."""
+"""Accuracy of a trained model; chance level is 0.1."""
 
 Deploy = Callable[..., Deployment]
 
 
 @pytest.fixture
 def deploy(tmp_path: Path) -> Iterator[Deploy]:
-    """Start SuperLinks; at the end kill all processes and print their logs, for a test that fails.
+    """Start SuperLinks; after the test, kill all processes and print their logs.
 
-    pytest shows what a fixture prints only with a failure.
+    pytest shows this output only if the test fails.
     """
     made: list[Deployment] = []
 
@@ -47,33 +47,33 @@ def deploy(tmp_path: Path) -> Iterator[Deploy]:
 
 
 def begin(deployment: Deployment, rounds: int) -> None:
-    """Start a run, each of whose rounds waits for three SuperNodes."""
+    """Start a run in which each round waits for three SuperNodes."""
     config = {"num-server-rounds": rounds, "min-nodes": 3, "hidden-units": 32}
     deployment.start_run(APP, {**config, "out": str(deployment.home / "out")})
 
 
 def complete(deployment: Deployment) -> dict[str, Any]:
-    """Wait for the run to end well, and return its metrics."""
+    """Wait until the run completes, and return its metrics."""
     deployment.wait(lambda: deployment.ended("run"), "the run ends", alive="superlink")
-    # The exit code is 0 whatever happened.
+    # The exit code is 0 even if the run failed.
     assert deployment.statuses() == ["finished:completed"]
     metrics: dict[str, Any] = json.loads((deployment.home / "out" / "metrics.json").read_text())
     return metrics
 
 
-def why_refused(deployment: Deployment, name: str) -> str:
-    """Wait until a SuperNode is let in or gives up, which it must; return what it logged."""
+def reason_of_refusal(deployment: Deployment, name: str) -> str:
+    """Check that the SuperLink refuses a SuperNode; return the SuperNode's log."""
     deployment.wait(
         lambda: deployment.ended(name) or JOINED in deployment.log(name), f"{name} gives up"
     )
     log = deployment.log(name)
-    assert JOINED not in log, f"{name} was let in"
+    assert JOINED not in log, f"{name} was accepted"
     assert deployment.processes[name].returncode != 0
     assert "Failed to initialize the connection to the SuperLink" in log
     return log
 
 
-def test_a_supernode_dies_in_mid_round_and_another_joins(deploy: Deploy) -> None:
+def test_a_run_survives_a_supernode_that_dies_and_uses_one_that_joins(deploy: Deploy) -> None:
     deployment = deploy()
     for number in range(3):
         deployment.start_supernode(f"node-{number}", f"{number}/4")
@@ -88,10 +88,10 @@ def test_a_supernode_dies_in_mid_round_and_another_joins(deploy: Deploy) -> None
     metrics = complete(deployment)
     first, second = deployment.log("run").split("[ROUND 1/2]")[1].split("[ROUND 2/2]")
     assert "Received 2 results and 1 failures" in first
-    # One of three is the fourth SuperNode.
+    # One of these three is the new SuperNode.
     assert "Received 3 results and 0 failures" in second
     assert "Sending: train" in deployment.log("node-3")
-    # The strategy's own question went to those who answered.
+    # The strategy asked its own question only of the clients that replied.
     assert [metrics["train"][n]["batchnorm-clients"] for n in ("1", "2")] == [2, 3]
     accuracies = [metrics["evaluate"][n]["accuracy"] for n in ("0", "1", "2")]
     assert accuracies[0] < 0.4 < GOOD < min(accuracies[1:])
@@ -110,7 +110,7 @@ def test_only_registered_supernodes_with_tls_take_part(deploy: Deploy, tmp_path:
             f"node-{number}", f"{number}/3", *trusting, "--auth-supernode-private-key", private
         )
     begin(deployment, rounds=1)
-    # While a run wants SuperNodes, others come.
+    # Others try to connect while the run waits for SuperNodes.
     once = ("--max-retries", "1")
     unknown, _ = make_node_key(tmp_path, "unknown")
     deployment.start_supernode(
@@ -118,10 +118,10 @@ def test_only_registered_supernodes_with_tls_take_part(deploy: Deploy, tmp_path:
     )
     deployment.start_supernode("keyless", "0/3", *trusting, *once)
     deployment.start_supernode("plain", "0/3", "--insecure", *once)
-    assert "Failed to activate SuperNode" in why_refused(deployment, "unknown")
-    assert "must be registered" in why_refused(deployment, "keyless")
-    # There is a server, and it hangs up.
-    assert re.search("disconnected|reset", why_refused(deployment, "plain"))
+    assert "Failed to activate SuperNode" in reason_of_refusal(deployment, "unknown")
+    assert "must be registered" in reason_of_refusal(deployment, "keyless")
+    # The server is reachable, and closes the connection.
+    assert re.search("disconnected|reset", reason_of_refusal(deployment, "plain"))
     metrics = complete(deployment)
     assert "Received 3 results and 0 failures" in deployment.log("run")
     assert metrics["train"]["1"]["batchnorm-clients"] == 3

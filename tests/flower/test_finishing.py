@@ -28,13 +28,13 @@ from federation import (
     tensors,
 )
 from flwr.app import ArrayRecord, RecordDict
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from torch import Tensor, nn
 from zoo import ZOO
 
 from fl_rebasin.flower import BatchNorm, ClassAwareHead, Guard, LeastSquares, ReBasinStrategy
 from fl_rebasin.merging.clients import Clients, Question, Request, Tensors
-from fl_rebasin.merging.finishing import Finish, Finished
+from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.merging.heads import class_aware_head
 from fl_rebasin.merging.merge_many import merge_many
 from fl_rebasin.state_dicts import StateDict
@@ -91,7 +91,7 @@ def test_rows_of_the_last_layer_are_averaged_by_label_counts() -> None:
 def test_heads_do_not_depend_on_the_order_of_the_units() -> None:
     global_model, spec = random_state(ZOO[NET], 0), named_spec(NET)
     generator = torch.Generator().manual_seed(4)
-    models = {node: near(global_model, node) for node in WEIGHTS}
+    models = {node: nearby(global_model, node) for node in WEIGHTS}
     moved = {node: spec.apply(spec.random(generator), state) for node, state in models.items()}
     expected, _ = run_round(with_heads(), NO_ANSWERS, global_model, models, WEIGHTS, labels=LABELS)
     result, _ = run_round(with_heads(), NO_ANSWERS, global_model, moved, WEIGHTS, labels=LABELS)

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from zoo import ZOO, Entry
 
 from fl_rebasin.flower import BatchNorm, LeastSquares, RegMean, Repair
-from fl_rebasin.flower.clients import RoundClients
 from fl_rebasin.flower.questions import TIMEOUT
-from fl_rebasin.merging.finishing import Finished, FinishingStep
+from fl_rebasin.flower.round_clients import RoundClients
+from fl_rebasin.merging.finishing_step import Finished, FinishingStep
 from fl_rebasin.merging.heads import without_label_prior
 from fl_rebasin.merging.least_squares import fit_least_squares
 from fl_rebasin.merging.least_squares.plan import plan

@@ -1,4 +1,4 @@
-"""The soak benchmark in a short form: it runs, drops faults and completes its rounds."""
+"""A short soak benchmark: it drops faulty replies and completes all rounds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_rounds_with_faults_are_all_completed(tmp_path: Path) -> None:
+def test_a_run_with_faulty_replies_completes_all_rounds(tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "benchmarks" / "soak.py")),
-            *("--rounds", "12", "--clients", "6", "--out", str(tmp_path)),
+            sys.executable,
+            str(ROOT / "benchmarks" / "soak.py"),
+            "--rounds=12",
+            "--clients=6",
+            f"--out={tmp_path}",
         ],
         env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
         capture_output=True,
@@ -28,7 +31,7 @@ def test_rounds_with_faults_are_all_completed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "soak.json").read_text())
     assert results["with faults"]["rounds"] == 12
-    # 72 replies, 10 % of them faulty: the draws are seeded.
+    # About 10 % of the 72 replies are faulty; the draws are seeded.
     assert 3 <= sum(results["with faults"]["dropped"].values()) <= 15
     assert not results["without faults"]["dropped"]
     assert results["with faults"]["accuracy"][-1] > 0.5

@@ -49,7 +49,7 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from torch import nn
 from zoo import ZOO
 
@@ -117,7 +117,7 @@ def unlike(name: str) -> dict[int, State]:
 
 
 def neighbours(name: str, state: State, nodes: Iterable[int] = WEIGHTS) -> dict[int, State]:
-    return {node: with_ties(name, near(state, node)) for node in nodes}
+    return {node: with_ties(name, nearby(state, node)) for node in nodes}
 
 
 def permutations(spec: PermutationSpec, count: int, seed: int) -> list[Permutation]:
@@ -471,7 +471,7 @@ def result_of_good_replies(kind: str) -> tuple[ArrayRecord | None, dict[str, Any
 
 
 def bad_reply(change: Change, kind: str = "real", node: int = BAD_NODE) -> Message:
-    (reply,) = replies_of({node: near(start(BAD_NET), 9)}, {node: 5}, loss=2.5)
+    (reply,) = replies_of({node: nearby(start(BAD_NET), 9)}, {node: 5}, loss=2.5)
     change(reply.content)
     return KINDS[kind](reply)
 

@@ -1,9 +1,10 @@
-"""Aligning to the global model: what it is equal to, and how many models it holds."""
+"""Alignment to the global model: the result, and the number of models held at a time."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ from flwr.serverapp.strategy import (
     FedYogi,
     Strategy,
 )
-from helpers import State, assert_same, named_spec, near, random_state
+from helpers import State, assert_same, named_spec, nearby, random_state
 from zoo import ZOO
 
 from fl_rebasin import match_weights
-from fl_rebasin.flower import ReBasinStrategy
+from fl_rebasin.flower import Checkpointed, ReBasinStrategy, WeightMatching
 
 NETS = ("mlp", "conv-batchnorm-flatten", "residual-batchnorm")
 WEIGHTS = {1: 10, 2: 30, 3: 5, 4: 20}
@@ -36,7 +37,7 @@ INNER: dict[str, Callable[[], Strategy]] = {
     "FedAdagrad": FedAdagrad,
     "FedAdam": lambda: FedAdam(eta=0.01),
     "FedYogi": lambda: FedYogi(eta=0.01),
-    # These need all replies at once.
+    # These two need all replies at once.
     "its own metrics": lambda: FedAvg(train_metrics_aggr_fn=largest),
     "FedMedian": FedMedian,
 }
@@ -53,23 +54,27 @@ def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
 
 def wrapped(name: str, inner: Strategy, **options: object) -> ReBasinStrategy:
     return ReBasinStrategy(
-        inner, model=ZOO[name].build(), example_inputs=ZOO[name].inputs(),
-        recalibrate_batchnorm=False, align_to="global", **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+        inner,
+        model=ZOO[name].build(),
+        example_inputs=ZOO[name].inputs(),
+        align=WeightMatching(to="global"),
+        finish=[],
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def clients(name: str, model: State, server_round: int) -> dict[int, State]:
-    """Models near the global one, their units in any order."""
+    """Models near the global one, with their units in random order."""
     spec, found = named_spec(name), {}
     for node in WEIGHTS:
         generator = torch.Generator().manual_seed(10 * server_round + node)
-        found[node] = spec.apply(spec.random(generator), near(model, 10 * server_round + node))
+        found[node] = spec.apply(spec.random(generator), nearby(model, 10 * server_round + node))
     return found
 
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("name", NETS)
-def test_each_client_is_matched_to_the_global_model_and_the_rest_is_the_inner_strategys(
+def test_each_model_is_matched_to_the_global_one_and_the_inner_strategy_aggregates(
     name: str, inner: str
 ) -> None:
     spec, plain = named_spec(name), INNER[inner]()
@@ -107,7 +112,7 @@ def test_each_client_is_matched_to_the_global_model_and_the_rest_is_the_inner_st
 
 
 def watched(messages: list[Message], alive: list[int]) -> Iterator[Message]:
-    """Hand messages out one by one; note how many of those handed out are still held."""
+    """Yield messages one by one; append to `alive` how many of the yielded ones still exist."""
     records: list[weakref.ref[Any]] = []
     while messages:
         message = messages.pop(0)
@@ -118,12 +123,12 @@ def watched(messages: list[Message], alive: list[int]) -> Iterator[Message]:
 
 
 @pytest.mark.parametrize(("inner", "most"), [("FedAvg", 2), ("FedAdam", 2), ("FedMedian", 12)])
-def test_replies_are_let_go_as_soon_as_they_are_read(inner: str, most: int) -> None:
+def test_each_reply_is_released_once_it_is_read(inner: str, most: int) -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)
     strategy = wrapped(name, INNER[inner]())
     list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
-    states = {node: near(model, node) for node in range(1, 13)}
+    states = {node: nearby(model, node) for node in range(1, 13)}
     alive: list[int] = []
     replies = watched(replies_of(states), alive)
     arrays, _ = strategy.aggregate_train(1, replies)
@@ -132,7 +137,7 @@ def test_replies_are_let_go_as_soon_as_they_are_read(inner: str, most: int) -> N
     assert max(alive) <= most
 
 
-def test_what_needs_all_models_gets_them() -> None:
+def test_a_strategy_that_needs_all_models_gets_them() -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)
     states = clients(name, model, 1)
@@ -151,26 +156,28 @@ def test_what_needs_all_models_gets_them() -> None:
     assert metrics["rebasin-similarity-after"] > metrics["rebasin-similarity-before"]
 
 
-def test_odd_metrics_cost_the_metrics_and_not_the_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reply_with_unusual_metrics_loses_only_the_metrics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)
-    replies = replies_of({node: near(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
-    odd = replies_of({9: near(model, 9)}, {9: 10}, surprise=3.0)
+    replies = replies_of({node: nearby(model, node) for node in WEIGHTS}, WEIGHTS, loss=1.0)
+    odd = replies_of({9: nearby(model, 9)}, {9: 10}, surprise=3.0)
     strategy = wrapped(name, FedAvg())
     list(strategy.configure_train(1, ArrayRecord(model), ConfigRecord(), Nodes(WEIGHTS)))
     arrays, metrics = strategy.aggregate_train(1, [*odd, *replies])
     plain, _ = FedAvg().aggregate_train(
-        1, [*replies_of({9: near(model, 9)}, {9: 10}, loss=1.0), *replies]
+        1, [*replies_of({9: nearby(model, 9)}, {9: 10}, loss=1.0), *replies]
     )
     assert_same(tensors(arrays), tensors(plain), rtol=1e-5, atol=1e-6)
     assert metrics is not None
     assert metrics["loss"] == pytest.approx(1.0)
     assert "surprise" not in metrics
-    assert "reply of node 9 dropped: its records are not named" in caplog.text
+    assert "reply of node 9 dropped: its records differ" in caplog.text
 
 
 class Mailbox(Nodes):
-    """A grid that makes each reply only when it is asked for, and counts those that still live."""
+    """A grid that creates each reply when it is pulled, and counts the replies that still exist."""
 
     pull_interval = 0.0
 
@@ -189,7 +196,7 @@ class Mailbox(Nodes):
         nodes = {each: self.asked[each].metadata.dst_node_id for each in message_ids}
         if BROKEN in nodes.values():
             raise TypeError("this reply cannot be parsed")
-        return [self.reply(self.asked[each]) for each, node in nodes.items() if node != SILENT]
+        return [self.reply(self.asked[each]) for each, node in nodes.items() if node != UNANSWERED]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -204,20 +211,24 @@ class Mailbox(Nodes):
         return reply
 
 
-SILENT, BROKEN = 5, 8
+UNANSWERED, BROKEN = 5, 8
 
 
-@pytest.mark.parametrize("inner", ["FedAvg", "FedMedian"])
-def test_a_run_takes_replies_one_by_one(inner: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "checkpoints"])
+@pytest.mark.parametrize("inner", [FedAvg, FedMedian])
+def test_a_run_reads_replies_one_by_one(
+    inner: type[FedAvg], checkpoints: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name = "mlp"
     model = random_state(ZOO[name], 0)
-    options = {"fraction_evaluate": 0.0}
-    strategy = wrapped(name, {"FedAvg": FedAvg, "FedMedian": FedMedian}[inner](**options))
-    grid = Mailbox({node: near(model, node) for node in range(1, 13)})
+    strategy: Strategy = wrapped(name, inner(fraction_evaluate=0.0))
+    if checkpoints:
+        strategy = Checkpointed(strategy, tmp_path)
+    grid = Mailbox({node: nearby(model, node) for node in range(1, 13)})
     result = strategy.start(grid, ArrayRecord(model), num_rounds=2, timeout=0.2)  # type: ignore[arg-type]
     assert set(result.train_metrics_clientapp) == {1, 2}
-    if inner == "FedAvg":
-        # One that never answers costs the time that is allowed, and nothing else.
+    if inner is FedAvg:
+        # The node that never answers costs the timeout, and nothing else.
         assert len(grid.records) == 2 * 10
         assert caplog.text.count("dropped: it cannot be parsed") == 2
         assert grid.most <= 2

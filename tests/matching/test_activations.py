@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, lively, random_inputs, spec_of, state_of
+from helpers import assert_same, generic, random_inputs, spec_of, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
@@ -67,7 +67,7 @@ def moved_copy(model: nn.Module, spec: PermutationSpec, permutation: Permutation
 @MODELS
 def test_a_planted_permutation_is_undone(name: str) -> None:
     entry = of_one_input(ZOO[name])
-    spec, model = spec_of(entry), lively(entry, seed=1)
+    spec, model = spec_of(entry), generic(entry, seed=1)
     planted = spec.random(torch.Generator().manual_seed(0))
     other = moved_copy(model, spec, planted)
     batches = [batch_of(entry, seed) for seed in range(8)]
@@ -120,7 +120,7 @@ def test_correlations_are_those_of_all_the_data_at_once(sizes: tuple[int, ...]) 
 
 def test_positions_of_an_image_are_samples_and_flattened_units_are_found() -> None:
     entry = ZOO["conv-batchnorm-flatten"]
-    left, right = lively(entry, 1).eval(), lively(entry, 2).eval()
+    left, right = generic(entry, 1).eval(), generic(entry, 2).eval()
     images = [batch_of(entry, seed) for seed in range(9)]
     found = correlations(spec_of(entry), left, right, images)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def shown_by(model: nn.Module, batches: list[Any], *places: tuple[str, bool]) ->
 
 def test_units_within_heads_correlate_with_those_of_every_head() -> None:
     entry = of_one_input(ZOO["attention-separate"])
-    spec, left, right = spec_of(entry), lively(entry, 1), lively(entry, 2)
+    spec, left, right = spec_of(entry), generic(entry, 1), generic(entry, 2)
     batches = [batch_of(entry, seed) for seed in range(5)]
     found = correlations(spec, left, right, batches)
     (heads,) = {*spec.within.values()}
@@ -242,7 +242,7 @@ def test_blocks_and_the_units_within_are_assigned_as_well_as_by_brute_force() ->
 def test_units_beside_others_that_move_are_not_read_off(name: str, hidden: str) -> None:
     """Samples of the two models would not be the same ones."""
     entry = ZOO[name]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     found = correlations(spec, model, model, [batch_of(entry, seed) for seed in range(3)])
     assert (hidden,) not in found
     assert {key[-1] for key in found} == spec.groups.keys() - {hidden}
@@ -326,7 +326,7 @@ def test_a_model_matches_itself_on_however_few_data(count: int) -> None:
 
 def test_groups_that_nothing_shows_are_matched_by_their_weights() -> None:
     entry = ZOO["lstm-two-layers"]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     planted = spec.random(torch.Generator().manual_seed(0))
     other = moved_copy(model, spec, planted)
     batches = [batch_of(entry, seed) for seed in range(3)]
@@ -339,7 +339,7 @@ def test_groups_that_nothing_shows_are_matched_by_their_weights() -> None:
 
 def test_the_models_are_as_before() -> None:
     entry = ZOO["residual-batchnorm"]
-    left, right = lively(entry, 1), lively(entry, 2)
+    left, right = generic(entry, 1), generic(entry, 2)
     left.train()
     right.eval()
     right.norm1.train()
@@ -478,7 +478,7 @@ def test_no_data_are_named(batches: list[Tensor]) -> None:
 
 def test_a_model_in_which_nothing_is_shown_needs_no_data() -> None:
     entry = ZOO["autoencoder-tied"]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     planted = spec.random(torch.Generator().manual_seed(0))
     match = match_activations(
         spec, model, model.state_dict(), spec.apply(planted, model.state_dict()), []
@@ -492,7 +492,7 @@ def test_what_cannot_run_is_named(side: str) -> None:
     spec, data = derive_spec(model, torch.zeros(1, 4)), [rows(5, seed=0)]
     state = state_of(model)
     pair = {"model": model, "reference": state, "other": state}
-    with pytest.raises(TypeError, match="model must be a module, so that it can run, got dict"):
+    with pytest.raises(TypeError, match="model must be a module of the architecture, got dict"):
         match_activations(spec, batches=data, **{**pair, "model": state})
     bad = state_of(model)
     bad["2.bias"][1] = float("nan")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, lively, spec_of, state_of
+from helpers import assert_same, generic, spec_of, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO
@@ -217,7 +217,7 @@ def test_an_epoch_is_algorithm_2() -> None:
 )  # fmt: skip
 def test_a_planted_permutation_is_undone(name: str) -> None:
     entry = ZOO[name]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     other = copy.deepcopy(model)
     planted = random_order(spec, 0)
     other.load_state_dict(spec.apply(planted, model.state_dict()))
@@ -245,7 +245,7 @@ def test_a_planted_permutation_is_undone(name: str) -> None:
 def test_every_weight_is_learned_those_with_two_names_once() -> None:
     """The free weights are what the optimiser is given."""
     entry = ZOO["tied-shared"]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     given: list[Tensor] = []
     adam = torch.optim.Adam
 
@@ -306,7 +306,7 @@ def test_the_models_are_as_before_and_chance_has_no_part() -> None:
 
 def test_a_start_within_blocks_may_be_given_once_for_all() -> None:
     entry = ZOO["attention-separate"]
-    spec, model = spec_of(entry), lively(entry, 1)
+    spec, model = spec_of(entry), generic(entry, 1)
     inputs, labels = entry.inputs().double(), torch.zeros(()).double()
     still = spec.identity()
     start = Permutation(
@@ -372,7 +372,7 @@ def test_bad_batches_are_named(pair: tuple[PermutationSpec, nn.Module, nn.Module
             spec, left, left.state_dict(), right.state_dict(), [(inputs * float("nan"), labels)]
         )
     for batch, kind in ((inputs[:2], "Tensor"), ((inputs,), "tuple"), ([inputs] * 3, "list")):
-        with pytest.raises(ValueError, match=f"batches of inputs and targets, got a {kind}"):
+        with pytest.raises(ValueError, match=f"batches of inputs and labels, got a {kind}"):
             match_straight_through(spec, left, left.state_dict(), right.state_dict(), [batch])  # type: ignore[list-item]
 
 
@@ -383,7 +383,7 @@ def test_what_cannot_run_is_named(
     spec, left, right = pair
     state = state_of(left)
     given: dict[str, Any] = {"model": left, "reference": state, "other": state_of(right)}
-    with pytest.raises(TypeError, match="model must be a module, so that it can run, got dict"):
+    with pytest.raises(TypeError, match="model must be a module of the architecture, got dict"):
         match_straight_through(spec, batches=blobs(), **{**given, "model": state})
     bad = state_of(left)
     bad["0.bias"][1] = float("inf")

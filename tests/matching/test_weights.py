@@ -1,14 +1,15 @@
-"""Weight matching: planted answers, its objective, its similarity matrices."""
+"""Weight matching: planted permutations, the objective, and the similarity matrices."""
 
 import itertools
 
 import pytest
 import torch
-from helpers import assert_same, random_state, spec_of
+from helpers import assert_same, nearby, random_order, random_state, shuffled, spec_of
 from torch import nn
 from zoo import ZOO, Entry, each_model
 
 from fl_rebasin import Permutation, PermutationSpec, SpecError, derive_spec, match_weights
+from fl_rebasin.matching.canonical_start import start_canonical
 from fl_rebasin.matching.coordinate_descent import Matcher
 from fl_rebasin.matching.objective import inner, weights_of
 from fl_rebasin.matching.weights import best_match
@@ -19,8 +20,7 @@ from fl_rebasin.symmetry.axes import groups_of
 @pytest.mark.parametrize("seed", range(3))
 def test_a_planted_permutation_is_undone(name: str, seed: int) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
-    planted = spec.random(torch.Generator().manual_seed(seed))
-    moved = spec.apply(planted, state)
+    moved = shuffled(spec, state, seed)
     match = match_weights(spec, state, moved)
     assert match.similarity > 1 - 1e-6
     assert match.similarity_before < match.similarity
@@ -30,20 +30,13 @@ def test_a_planted_permutation_is_undone(name: str, seed: int) -> None:
 @each_model
 def test_a_planted_permutation_is_undone_under_noise(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
-    generator = torch.Generator().manual_seed(0)
-    noisy = {
-        key: value + 0.05 * torch.randn(value.shape, generator=generator)
-        if value.is_floating_point()
-        else value
-        for key, value in state.items()
-    }
-    planted = spec.random(torch.Generator().manual_seed(1))
-    match = match_weights(spec, state, spec.apply(planted, noisy))
+    planted = random_order(spec, 1)
+    match = match_weights(spec, state, spec.apply(planted, nearby(state, 0, scale=0.05)))
     assert match.permutation.compose(planted).is_identity
 
 
-def meets_itself(spec: PermutationSpec, *groups: str) -> bool:
-    """Whether a group stands on two axes of one tensor."""
+def on_two_axes(spec: PermutationSpec, *groups: str) -> bool:
+    """Whether any of the groups lies on two axes of one tensor."""
     return any(
         sum(found.name == group for axis in axes for found in groups_of(axis)) > 1
         for axes in spec.axes.values()
@@ -52,24 +45,23 @@ def meets_itself(spec: PermutationSpec, *groups: str) -> bool:
 
 
 @each_model
-def test_similarity_is_the_gain_of_every_permutation(name: str) -> None:
-    """`S[i, p(i)]` summed is the objective of moving by p, up to what p does not touch."""
+def test_similarities_add_up_to_the_gain_of_every_permutation(name: str) -> None:
+    """`sum_i S[i, p[i]]` is the objective after the move p, up to a constant."""
     spec = spec_of(ZOO[name])
     left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
     generator = torch.Generator().manual_seed(0)
     for group, size in spec.groups.items():
-        if meets_itself(spec, group):
-            continue  # quadratic: the matrix is its linearisation
-        matrix = Matcher(spec, left, right).similarity(group, spec.learnable)
-        still = torch.arange(size).expand(matrix.shape[:-1])
+        if on_two_axes(spec, group):
+            continue  # The gain is quadratic, and the matrix its linearisation.
+        matrix = Matcher(spec, left, right).similarity(group)
+        identity = torch.arange(size).expand(matrix.shape[:-1])
         for _ in range(3):
-            index = torch.rand(still.shape, generator=generator).argsort(-1)
+            index = torch.rand(identity.shape, generator=generator).argsort(-1)
             move = Permutation({group: index})
             moved = {key: spec.move(key, value, move) for key, value in right.items()}
             gain = inner(left, moved) - inner(left, right)
-            best, before = (matrix.gather(-1, each[..., None]).sum() for each in (index, still))
-            expected = float(best - before)
-            assert gain == pytest.approx(expected, abs=1e-4)
+            after, before = (matrix.gather(-1, each[..., None]).sum() for each in (index, identity))
+            assert gain == pytest.approx(float(after - before), abs=1e-4)
 
 
 @each_model
@@ -77,18 +69,18 @@ def test_the_objective_never_falls(name: str) -> None:
     spec = spec_of(ZOO[name])
     left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
     matcher = Matcher(spec, left, right)
-    heights = [matcher.objective]
+    objectives = [matcher.objective]
     moved = True
     while moved:
         moved = False
         for group in spec.groups:
             moved |= matcher.step(group)
-            heights.append(matcher.objective)
+            objectives.append(matcher.objective)
     slack = 1e-6 * (inner(left, left) * inner(right, right)) ** 0.5
-    assert all(b >= a - slack for a, b in itertools.pairwise(heights))
-    # The assignment of a group that meets itself is an approximation, which may find nothing.
-    assert heights[-1] > heights[0] or meets_itself(spec, *spec.groups)
-    # What the steps did is what the permutation says.
+    assert all(b >= a - slack for a, b in itertools.pairwise(objectives))
+    # For a group on two axes the assignment is an approximation, and may find nothing.
+    assert objectives[-1] > objectives[0] or on_two_axes(spec, *spec.groups)
+    # The permutation reproduces what the steps did.
     for key, value in right.items():
         torch.testing.assert_close(
             spec.move(key, value, matcher.permutation), matcher.weights[key], rtol=0, atol=0
@@ -96,18 +88,18 @@ def test_the_objective_never_falls(name: str) -> None:
 
 
 @each_model
-@pytest.mark.parametrize("canonical", [False, True], ids=["as-it-came", "canonical"])
-def test_similarities_that_were_kept_are_those_found_anew(name: str, canonical: bool) -> None:
+@pytest.mark.parametrize("canonical", [False, True], ids=["given-order", "canonical"])
+def test_kept_similarities_equal_new_ones(name: str, canonical: bool) -> None:
     spec = spec_of(ZOO[name])
     left, right = (weights_of(spec, random_state(ZOO[name], seed=s)) for s in (1, 2))
     matcher = Matcher(spec, left, right)
     if canonical:
-        matcher.start_canonical()
+        start_canonical(matcher)
     for group in [*spec.groups, *spec.groups]:
         matcher.step(group)
-        for kept, similar in matcher._similar.items():
-            anew = matcher.similarity(kept, spec.learnable)
-            torch.testing.assert_close(similar, anew, rtol=1e-9, atol=1e-9)
+        for kept, similar in matcher.similarities.kept.items():
+            expected = matcher.similarity(kept)
+            torch.testing.assert_close(similar, expected, rtol=1e-9, atol=1e-9)
     assert matcher.objective == pytest.approx(inner(left, matcher.weights))
 
 
@@ -128,14 +120,14 @@ def test_one_group_is_matched_as_well_as_by_brute_force() -> None:
 
 
 @each_model
-def test_a_model_matches_itself_without_a_move(name: str) -> None:
+def test_a_model_matches_itself_by_the_identity(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
     match = match_weights(spec, state, state)
     assert match.permutation.is_identity
     assert match.similarity == pytest.approx(1)
 
 
-def test_inputs_stay_and_results_repeat() -> None:
+def test_inputs_are_unchanged_and_results_are_reproducible() -> None:
     spec = spec_of(ZOO["dense-concat"])
     left, right = (random_state(ZOO["dense-concat"], seed=s) for s in (1, 2))
     copies = [{k: v.clone() for k, v in state.items()} for state in (left, right)]
@@ -148,15 +140,15 @@ def test_inputs_stay_and_results_repeat() -> None:
 def test_buffers_do_not_count() -> None:
     entry = ZOO["conv-batchnorm-flatten"]
     spec, left, right = spec_of(entry), random_state(entry, 1), random_state(entry, 2)
-    loud = {k: 1e6 * v if "running" in k else v for k, v in right.items()}
+    scaled = {k: 1e6 * v if "running" in k else v for k, v in right.items()}
     assert_same(
         dict(match_weights(spec, left, right).permutation.indices),
-        dict(match_weights(spec, left, loud).permutation.indices),
+        dict(match_weights(spec, left, scaled).permutation.indices),
     )
 
 
 @pytest.mark.parametrize("side", ["reference", "other"])
-def test_diverged_models_are_named(side: str) -> None:
+def test_values_that_are_not_finite_are_rejected(side: str) -> None:
     entry = ZOO["mlp"]
     spec, good = spec_of(entry), random_state(entry, 1)
     bad = {**good, "1.bias": torch.full_like(good["1.bias"], float("nan"))}
@@ -165,7 +157,7 @@ def test_diverged_models_are_named(side: str) -> None:
         match_weights(spec, *pair)
 
 
-def test_large_values_elsewhere_do_not_stop_the_descent() -> None:
+def test_large_parameters_without_groups_do_not_stop_the_descent() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -177,7 +169,7 @@ def test_large_values_elsewhere_do_not_stop_the_descent() -> None:
 
     model = Scaled()
     spec, state = derive_spec(model, torch.zeros(2, 16)), model.state_dict()
-    planted = spec.random(torch.Generator().manual_seed(0))
+    planted = random_order(spec, 0)
     match = match_weights(spec, state, spec.apply(planted, state))
     assert match.permutation == planted.invert()
 
@@ -186,14 +178,14 @@ def test_large_values_elsewhere_do_not_stop_the_descent() -> None:
 def test_the_scale_of_a_model_does_not_matter(scale: float) -> None:
     spec, state = spec_of(ZOO["mlp"]), random_state(ZOO["mlp"], seed=1)
     state = {key: value * scale for key, value in state.items()}
-    planted = spec.random(torch.Generator().manual_seed(0))
+    planted = random_order(spec, 0)
     match = match_weights(spec, state, spec.apply(planted, state))
     assert match.permutation == planted.invert()
     assert match.similarity == pytest.approx(1)
 
 
 class Recurrent(nn.Module):
-    """A net whose hidden group stands on both axes of one weight."""
+    """A network whose hidden group lies on both axes of one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,20 +206,20 @@ def test_the_canonical_start_does_not_depend_on_the_order_of_units(name: str) ->
     left, right = (weights_of(spec, random_state(entry, seed=s)) for s in (1, 2))
     found = []
     for seed in range(3):
-        shuffle = spec.random(torch.Generator().manual_seed(seed))
+        shuffle = random_order(spec, seed)
         arrived = {key: spec.move(key, value, shuffle) for key, value in right.items()}
         matcher = Matcher(spec, left, arrived)
-        matcher.start_canonical()
+        start_canonical(matcher)
         found.append(matcher.weights)
     for other in found[1:]:
         assert_same(found[0], other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", list(ZOO)[::8])
-def test_a_start_is_gone_on_from(name: str) -> None:
-    """From the answer nothing moves; from elsewhere the objective does not fall."""
+def test_the_descent_begins_at_the_start(name: str) -> None:
+    """From the optimum nothing moves; from another start the objective does not fall."""
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
-    planted = spec.random(torch.Generator().manual_seed(0))
+    planted = random_order(spec, 0)
     moved = spec.apply(planted, state)
     match = match_weights(spec, state, moved, planted.invert())
     assert match.permutation == planted.invert()
@@ -239,25 +231,22 @@ def test_a_start_is_gone_on_from(name: str) -> None:
     def objective(permutation: Permutation) -> float:
         return inner(target, weights_of(spec, spec.apply(permutation, other)))
 
-    start = spec.random(torch.Generator().manual_seed(1))
+    start = random_order(spec, 1)
     match = match_weights(spec, state, other, start)
     found = objective(match.permutation)
     scale = (inner(target, target) * inner(*[weights_of(spec, other)] * 2)) ** 0.5
     assert found >= objective(start) - 1e-9 * scale
     assert match.similarity == pytest.approx(found / scale)
     assert match.similarity_before == pytest.approx(objective(spec.identity()) / scale)
-    # Nothing is left to gain, so that the result as a start is the result.
+    # A descent from its own result changes nothing.
     assert match_weights(spec, state, other, match.permutation).permutation == match.permutation
 
 
-def test_only_the_start_is_tried() -> None:
-    """Two descents end in different places; without a start the better one of two is taken."""
+def test_only_the_given_start_is_used() -> None:
+    """Descents end in different optima; without a start, the better of two is used."""
     entry = ZOO["mlp"]
     spec, left, right = spec_of(entry), random_state(entry, 1), random_state(entry, 2)
-    ends = [
-        match_weights(spec, left, right, spec.random(torch.Generator().manual_seed(seed)))
-        for seed in range(6)
-    ]
+    ends = [match_weights(spec, left, right, random_order(spec, seed)) for seed in range(6)]
     best = match_weights(spec, left, right)
     assert len({round(end.similarity, 6) for end in ends}) > 1
     assert best.similarity > min(end.similarity for end in ends)
@@ -269,7 +258,7 @@ def test_restarts_keep_the_best() -> None:
     starts = [match_weights(spec, left, right).similarity]
     drawn = torch.Generator().manual_seed(3)
     starts += [match_weights(spec, left, right, spec.random(drawn)).similarity for _ in range(6)]
-    assert max(starts) > starts[0] * 1.001  # Otherwise there is nothing to be gained here.
+    assert max(starts) > starts[0] * 1.001  # Otherwise this test would show nothing.
     for count in (0, 3, 6):
         generator = torch.Generator().manual_seed(3)
         match = match_weights(spec, left, right, restarts=count, generator=generator)
@@ -280,44 +269,47 @@ def test_restarts_keep_the_best() -> None:
         match_weights(spec, left, right, restarts=-1)
 
 
-def test_a_start_may_give_one_order_for_the_units_of_all_blocks() -> None:
+def test_a_start_may_give_one_order_for_all_blocks() -> None:
     entry = ZOO["attention-separate"]
     spec, state = spec_of(entry), random_state(entry, 1)
-    still = spec.identity()
+    identity = spec.identity()
     start = Permutation(
-        {name: index[0] if name in spec.within else index for name, index in still.indices.items()}
+        {
+            name: index[0] if name in spec.within else index
+            for name, index in identity.indices.items()
+        }
     )
     match = match_weights(spec, state, state, start)
-    assert match.permutation == still
+    assert match.permutation == identity
     assert match.permutation.within == spec.within
 
 
-def test_a_start_of_another_spec_is_named() -> None:
+def test_a_start_for_another_spec_is_rejected() -> None:
     entry = ZOO["mlp"]
     spec, state = spec_of(entry), random_state(entry, 1)
-    still = dict(spec.identity().indices)
-    name = next(iter(still))
+    identity = dict(spec.identity().indices)
+    name = next(iter(identity))
     with pytest.raises(SpecError, match="differ in the groups"):
-        match_weights(spec, state, state, Permutation({name: still[name]}))
+        match_weights(spec, state, state, Permutation({name: identity[name]}))
     with pytest.raises(SpecError, match=f"{name}: not a permutation of 7 units"):
-        match_weights(spec, state, state, Permutation({**still, name: torch.zeros(7).long()}))
+        match_weights(spec, state, state, Permutation({**identity, name: torch.zeros(7).long()}))
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "residual-batchnorm", "encoder-two-layers", "unet"])
-def test_groups_that_are_not_asked_for_stay_where_the_start_puts_them(name: str) -> None:
+def test_groups_that_may_not_move_keep_their_order_in_the_start(name: str) -> None:
     spec, state = spec_of(ZOO[name]), random_state(ZOO[name], seed=1)
-    planted = spec.random(torch.Generator().manual_seed(0))
+    planted = random_order(spec, 0)
     target, moved = (weights_of(spec, s) for s in (state, spec.apply(planted, state)))
-    answer, elsewhere = planted.invert(), spec.random(torch.Generator().manual_seed(1))
-    for asked in spec.groups:
-        if asked in spec.within:
+    answer, elsewhere = planted.invert(), random_order(spec, 1)
+    for group in spec.groups:
+        if group in spec.within:
             continue
-        groups = [asked, *(unit for unit, blocks in spec.within.items() if blocks == asked)]
+        groups = [group, *(unit for unit, blocks in spec.within.items() if blocks == group)]
         start = Permutation(
             {**answer.indices, **{each: elsewhere[each] for each in groups}}, spec.within
         )
         matcher, _ = best_match(spec, target, moved, start, groups)
-        assert matcher.permutation == answer  # Given the others, one group is found for sure.
+        assert matcher.permutation == answer  # With the others in place, one group is always found.
         rest = [each for each in spec.groups if each not in groups]
         matcher, _ = best_match(spec, target, moved, elsewhere, groups)
         assert all(torch.equal(matcher.permutation[each], elsewhere[each]) for each in rest)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, lively, random_inputs, state_of
+from helpers import assert_same, generic, random_inputs, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,6 @@ from fl_rebasin import LeastSquares, RegMean, Repair, fit_least_squares
 from fl_rebasin.forward import Moments
 from fl_rebasin.merging.batchnorm import batchnorm_statistics, recentred
 from fl_rebasin.merging.least_squares import layers
-from fl_rebasin.merging.least_squares.methods import regmean_sums
 from fl_rebasin.merging.least_squares.plan import plan
 from fl_rebasin.merging.least_squares.steps import (
     RIDGE,
@@ -30,6 +29,7 @@ from fl_rebasin.merging.least_squares.steps import (
     Step,
     add_up,
 )
+from fl_rebasin.merging.least_squares.sums import regmean_sums
 from fl_rebasin.state_dicts import average
 
 State = dict[str, Tensor]
@@ -124,7 +124,7 @@ WAYS = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", ONE_MODEL)
 def test_models_that_are_all_alike_keep_their_function(name: str, method: Any) -> None:
     entry = ONE_MODEL[name]
-    model = lively(entry, 1)
+    model = generic(entry, 1)
     state, batches = state_of(model), batches_of(entry, 0, 1, 2, 3)
     found = fit_least_squares(model, state, [state, state], [batches[:3], batches[3:]], method)
     assert_same_function(model, found, state, batches_of(entry, *range(6)), 1e-7)
@@ -141,7 +141,7 @@ def test_models_that_are_all_alike_keep_their_function(name: str, method: Any) -
 )  # fmt: skip
 def test_from_any_start_one_model_gives_its_own_function_on_its_data(name: str) -> None:
     entry = ONE_MODEL[name]
-    model, state, other = lively(entry, 1), *(state_of(lively(entry, seed)) for seed in (1, 2))
+    model, state, other = generic(entry, 1), *(state_of(generic(entry, seed)) for seed in (1, 2))
     batches = batches_of(entry, *range(30))
     start = dict(state)
     for step in plan(model, (batches[0],)):
@@ -160,7 +160,7 @@ def test_from_any_start_one_model_gives_its_own_function_on_its_data(name: str) 
 
 def test_the_weights_of_one_model_come_back_where_the_data_tell_them() -> None:
     model = ZOO["mlp"].build()
-    state = state_of(lively(ZOO["mlp"], 1))
+    state = state_of(generic(ZOO["mlp"], 1))
     start = {key: torch.zeros_like(value) for key, value in state.items()}
     batches = [torch.randn(200, 3, 2, 2, generator=torch.Generator().manual_seed(0))]
     model.double()
@@ -242,8 +242,8 @@ def test_one_layer_is_that_of_numpy(name: str, method: Any, ridge: float) -> Non
     """Clients with models and data of their own; for a single layer both ways are RegMean."""
     build, shape = LAYERS[name]
     entry = entry_of(lambda: nn.Sequential(build()), *shape)
-    models = [lively(entry, seed) for seed in (1, 2, 3)]
-    states, start = [state_of(model) for model in models], state_of(lively(entry, 4))
+    models = [generic(entry, seed) for seed in (1, 2, 3)]
+    states, start = [state_of(model) for model in models], state_of(generic(entry, 4))
     data = [batches_of(entry, *seeds) for seeds in ((0, 1, 2), (3,), (4, 5))]
     found = fit_least_squares(models[0], start, states, data, replace(method, ridge=ridge))
     layer = models[0][0]
@@ -282,7 +282,7 @@ def test_of_large_images_evenly_spread_positions_count(
     monkeypatch.setattr(layers, "MAX_POSITIONS", SOME_POSITIONS)
     monkeypatch.setattr(layers, "CHUNK", chunk)
     entry = entry_of(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), 4, 2, 8, 8)
-    own, merged = lively(entry, 0), lively(entry, 1)
+    own, merged = generic(entry, 0), generic(entry, 1)
     (batch,) = batches_of(entry, 2)
     (step,) = plan(own, batch)
     if isinstance(method, RegMean):
@@ -311,7 +311,7 @@ def clients(
 
     With `signs` the scales of the norms agree in their sign, negative ones among them.
     """
-    model, states = lively(entry, 1), [state_of(lively(entry, seed)) for seed in (1, 2)]
+    model, states = generic(entry, 1), [state_of(generic(entry, seed)) for seed in (1, 2)]
     for name, module in model.named_modules():
         if signs and isinstance(module, NORMS) and module.affine:
             key = f"{name}.weight" if name else "weight"
@@ -543,7 +543,7 @@ def test_one_pass_folds_norms_and_rescales_nothing() -> None:
 
 def test_a_unit_that_the_fit_explains_hardly_is_not_blown_up() -> None:
     entry = entry_of(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), 8, 3)
-    own, merged = lively(entry, 1), lively(entry, 2)
+    own, merged = generic(entry, 1), generic(entry, 2)
     first = plan(own, batches_of(entry, 0)[0])[0]
     sums = first.sums(merged, own, batches_of(entry, *range(9)))
     noisy = {**sums, "squares": sums["squares"] * torch.tensor([1.0, 4.0, 1e4, 0.0])}
@@ -742,7 +742,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_what_is_done_in_which_order(name: str) -> None:
     entry, expected = PLANS[name]
-    model, (batch,) = lively(entry, 1).train(), batches_of(entry, 0)
+    model, (batch,) = generic(entry, 1).train(), batches_of(entry, 0)
     before = state_of(model)
     steps = plan(model, batch)
     assert steps == expected
@@ -812,7 +812,7 @@ def test_recentred_norms_compute_the_same_from_any_statistics() -> None:
             return self.plain(self.still(self.norm(inputs)))
 
     entry = entry_of(Net, 9, 4)
-    model, batches = lively(entry, 1), batches_of(entry, 0, 1)
+    model, batches = generic(entry, 1), batches_of(entry, 0, 1)
     with torch.no_grad():
         model.norm.weight[1] = -2.0
     before = state_of(model)
@@ -837,7 +837,7 @@ def test_recentred_norms_compute_the_same_from_any_statistics() -> None:
 
 def test_frozen_statistics_are_those_in_evaluation_mode() -> None:
     entry = ZOO["conv-batchnorm-flatten"]
-    model, batches = lively(entry, 1).train(), batches_of(entry, *range(5))
+    model, batches = generic(entry, 1).train(), batches_of(entry, *range(5))
     state = state_of(model)
     found = batchnorm_statistics(model, batches, frozen=True)
     seen = seen_by_norms(model, state, [batches])

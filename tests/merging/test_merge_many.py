@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import State, assert_same, near, random_state, run, spec_of
+from helpers import State, assert_same, nearby, random_state, run, spec_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -252,16 +252,16 @@ def test_only_groups_that_may_move_see_a_similarity_matrix(monkeypatch: pytest.M
     named = {size: name for name, size in spec.groups.items()}
     order = torch.randperm(50, generator=generator)
     shuffle = Permutation({**spec.identity().indices, named[50]: order})
-    models = [near(state, seed) for seed in range(4)]
+    models = [nearby(state, seed) for seed in range(4)]
     models[2] = spec.apply(shuffle, models[2])
     seen = set()
-    assigned = Matcher._assigned
+    best_move = Matcher.best_move
 
-    def spied(self: Matcher, group: str, keys: Any) -> Any:
+    def spy(self: Matcher, group: str, keys: Any = None) -> Permutation:
         seen.add(group)
-        return assigned(self, group, keys)
+        return best_move(self, group, keys)
 
-    monkeypatch.setattr(Matcher, "_assigned", spied)
+    monkeypatch.setattr(Matcher, "best_move", spy)
     merge = merge_many(spec, models, unit_order_of=state)
     assert merge.permutations[2] == shuffle.invert()
     # Of its neighbours no proof holds: their weights to and from these units are in disorder.

@@ -1,4 +1,4 @@
-"""Specs as JSON: read back alike, and refused where they do not fit."""
+"""Specs as JSON: they are read back unchanged, and refused if invalid or of another model."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 @each_model
-def test_a_spec_comes_back_as_it_was(name: str) -> None:
+def test_a_spec_is_read_back_unchanged(name: str) -> None:
     entry = ZOO[name]
     spec = spec_of(entry)
     loaded = spec_from_json(spec_to_json(spec), entry.build())
@@ -38,18 +38,18 @@ def test_a_spec_comes_back_as_it_was(name: str) -> None:
 
 
 class Heads(nn.Module):
-    """Attention, whose units lie within heads, from one stream of units to another."""
+    """Attention between two groups of units; the attention's own units lie within heads."""
 
     def __init__(self, heads: int = 2) -> None:
         super().__init__()
-        self.asking = nn.Linear(4, 8)
-        self.asked = nn.Linear(4, 8)
+        self.query = nn.Linear(4, 8)
+        self.context = nn.Linear(4, 8)
         self.attention = nn.MultiheadAttention(8, heads, batch_first=True)
         self.out = nn.Linear(8, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        asked = self.asked(inputs)
-        return self.out(self.attention(self.asking(inputs), asked, asked)[0])
+        context = self.context(inputs)
+        return self.out(self.attention(self.query(inputs), context, context)[0])
 
 
 HEADS_SPEC = derive_spec(Heads(), torch.zeros(2, 5, 4))
@@ -74,53 +74,56 @@ def axes_of(key: str, value: Any) -> Edit:
     return lambda content: content["axes"].update({key: value})
 
 
-def put(field: str, value: Any) -> Edit:
+def field_set_to(field: str, value: Any) -> Edit:
     return lambda content: content.update({field: value})
 
 
 MALFORMED: dict[str, tuple[Edit, str]] = {
-    "another format": (put("format", "fl_rebasin.spec/0"), r"format 'fl_rebasin.spec/0'.*reads"),
-    "no format": (lambda content: content.pop("format"), "'format'.*derive it anew"),
+    "another format": (
+        field_set_to("format", "fl_rebasin.spec/0"),
+        r"format 'fl_rebasin.spec/0'.*reads",
+    ),
+    "no format": (lambda content: content.pop("format"), "'format'.*derive it again"),
     **{
-        f"no {field}": (lambda content, field=field: content.pop(field), f"'{field}'.*anew")
+        f"no {field}": (lambda content, field=field: content.pop(field), f"'{field}'.*again")
         for field in ("groups", "within", "axes", "pinned", "learnable", "fingerprint")
     },
-    "an axis of a group that is not": (axes_of("out.bias", ["gone"]), "group 'gone', which it"),
-    "negative size": (sized(-1), "the size -1: sizes are whole numbers"),
-    "boolean size": (sized(True), "the size True: sizes are whole"),
-    "float size": (sized(2.0), r"the size 2\.0: sizes are whole"),
-    "text as size": (sized("2"), "the size '2': sizes are whole"),
-    "no number as size": (sized(math.nan), "the size nan: sizes are whole"),
-    "huge size": (sized(2**63), "the size 9223372036854775808: sizes are whole numbers"),
-    "negative fixed axis": (axes_of("out.bias", [-3]), "the size -3: sizes are whole"),
-    "boolean fixed axis": (axes_of("out.bias", [True]), "the size True: sizes are whole"),
+    "an axis of an unknown group": (axes_of("out.bias", ["gone"]), "unknown group 'gone'"),
+    "negative size": (sized(-1), "the size -1: sizes are non-negative integers"),
+    "boolean size": (sized(True), "the size True: sizes are non-negative"),
+    "float size": (sized(2.0), r"the size 2\.0: sizes are non-negative"),
+    "string as size": (sized("2"), "the size '2': sizes are non-negative"),
+    "NaN as size": (sized(math.nan), "the size nan: sizes are non-negative"),
+    "huge size": (sized(2**63), "the size 9223372036854775808: sizes are non-negative integers"),
+    "negative fixed axis": (axes_of("out.bias", [-3]), "the size -3: sizes are non-negative"),
+    "boolean fixed axis": (axes_of("out.bias", [True]), "the size True: sizes are non-negative"),
     "a group within itself": (
         lambda content: content["within"].update({INNER: INNER}),
-        "lies within .*, which cannot be",
+        "puts the group .* within .*, which is invalid",
     ),
     "a group within units": (
         lambda content: content["within"].update({BLOCKS: INNER}),
-        "lies within .*, which cannot be",
+        "puts the group .* within .*, which is invalid",
     ),
-    "a group within nothing": (
+    "a group within an unknown group": (
         lambda content: content["within"].update({INNER: "gone"}),
-        "lies within 'gone', which cannot be",
+        "within 'gone', which is invalid",
     ),
-    "a lost group within one": (
+    "an unknown group within a group": (
         lambda content: content["within"].update({"gone": BLOCKS}),
-        f"'gone' lies within '{BLOCKS}', which cannot be",
+        f"'gone' within '{BLOCKS}', which is invalid",
     ),
-    "no axes for what is learnable": (
+    "a learnable key without axes": (
         lambda content: content["learnable"].append("gone"),
-        r"counts \['gone'\] as learnable, and has no axes",
+        r"lists \['gone'\] as learnable but has no axes",
     ),
     "units without their blocks": (
         axes_of("out.bias", [INNER]),
-        f"out.bias has units within '{BLOCKS}', and no axis of it",
+        f"out.bias has units within '{BLOCKS}', but no axis of that group",
     ),
     "units within one of two blocks": (
         axes_of("out.bias", [{"prod": [BLOCKS, BLOCKS, INNER]}]),
-        f"out.bias has units within '{BLOCKS}', which is twice",
+        f"out.bias has units within '{BLOCKS}', which is twice in a product",
     ),
     "a group on no axis": (
         lambda content: content["groups"].update(spare=3),
@@ -131,7 +134,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "an empty concatenation": (axes_of("out.bias", [{"cat": []}]), r"the axis \{'cat': \[\]\}"),
     "an empty product": (axes_of("out.bias", [{"prod": []}]), r"the axis \{'prod': \[\]\}"),
     **{
-        f"parts that do not fit: {case}": (
+        f"wrong parts: {case}": (
             lambda content, value=value: content["axes"][WEIGHT].__setitem__(1, value),
             words,
         )
@@ -142,41 +145,55 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
             (
                 "no such axis",
                 {"across": 2, "cases": [[24, 8]]},
-                "that do not fit the spec's axis 2",
+                "whose parts do not match its axis 2",
             ),
-            ("too few", {"across": 0, "cases": [[8, 8]]}, "that do not fit the spec's axis 0"),
-            ("torn", {"across": 0, "cases": [[3, 8], [21, 8]]}, "do not fit the spec's axis 0"),
-            ("uneven", {"across": 0, "cases": [[8, 8], [16, 7]]}, "do not fit the spec's axis 0"),
+            ("too few", {"across": 0, "cases": [[8, 8]]}, "whose parts do not match its axis 0"),
+            (
+                "splits units",
+                {"across": 0, "cases": [[3, 8], [21, 8]]},
+                "whose parts do not match its axis 0",
+            ),
+            (
+                "uneven",
+                {"across": 0, "cases": [[8, 8], [16, 7]]},
+                "whose parts do not match its axis 0",
+            ),
             ("inside", {"cat": [{"across": 0, "cases": [[24, 8]]}]}, "the axis .*across"),
-            ("negative", {"across": -2, "cases": [[24, 8]]}, "the size -2: sizes are whole"),
+            ("negative", {"across": -2, "cases": [[24, 8]]}, "the size -2: sizes are non-negative"),
         ]
     },
     "an unknown expression": (axes_of("out.bias", [{"sum": [3]}]), r"the axis \{'sum': \[3\]\}"),
     "two expressions": (axes_of("out.bias", [{"cat": [3], "prod": [1]}]), "the axis .*cat.*prod"),
-    "parts that are no list": (axes_of("out.bias", [{"cat": 3}]), r"the axis \{'cat': 3\}"),
-    "parts that are a text": (axes_of("out.bias", [{"cat": "3"}]), r"the axis \{'cat': '3'\}"),
+    "parts that are not a list": (axes_of("out.bias", [{"cat": 3}]), r"the axis \{'cat': 3\}"),
+    "parts that are a string": (axes_of("out.bias", [{"cat": "3"}]), r"the axis \{'cat': '3'\}"),
     "a list as axis": (axes_of("out.bias", [[3]]), r"the axis \[3\]"),
     "null as axis": (axes_of("out.bias", [None]), "the axis None"),
-    "a text for a list of axes": (axes_of("out.bias", BLOCKS), "axes of out.bias.* not a list"),
+    "a string for a list of axes": (axes_of("out.bias", BLOCKS), "axes of out.bias.* not a list"),
     "a dict for a list of axes": (axes_of("out.bias", {BLOCKS: 3}), "of out.bias.* not a list"),
     "a number for a list of axes": (axes_of("out.bias", 3), "axes of out.bias.* not a list"),
     **{
-        f"a list for {field}": (put(field, []), f"{field} .*not a dict")
+        f"a list for {field}": (field_set_to(field, []), f"{field} .*not a dict")
         for field in ("groups", "within", "axes", "pinned")
     },
-    "a text for learnable": (put("learnable", "out"), "learnable .*not a list"),
-    "a dict for learnable": (put("learnable", {"out.bias": 1}), "learnable .*not a list"),
-    "a number among learnable": (put("learnable", [3]), "learnable.* 3, .*not a text"),
-    "a list among learnable": (put("learnable", [["out.bias"]]), "learnable.*, .*not a text"),
-    "a key counted twice": (put("learnable", ["out.bias"] * 2), r"\['out.bias'\].*twice"),
-    "a number as reason": (put("pinned", {"out.bias[0]": 3}), "pinned.* 3, .*not a text"),
-    "a list as blocks": (put("within", {INNER: [BLOCKS]}), "within.*, .*not a text"),
-    "a number as fingerprint": (put("fingerprint", 3), "fingerprint.* 3, .*not a text"),
+    "a string for learnable": (field_set_to("learnable", "out"), "learnable .*not a list"),
+    "a dict for learnable": (field_set_to("learnable", {"out.bias": 1}), "learnable .*not a list"),
+    "a number among learnable": (field_set_to("learnable", [3]), "learnable.* 3, .*not a string"),
+    "a list among learnable": (
+        field_set_to("learnable", [["out.bias"]]),
+        "learnable.*, .*not a string",
+    ),
+    "a key counted twice": (field_set_to("learnable", ["out.bias"] * 2), r"\['out.bias'\].*twice"),
+    "a number as reason": (
+        field_set_to("pinned", {"out.bias[0]": 3}),
+        "pinned.* 3, .*not a string",
+    ),
+    "a list as blocks": (field_set_to("within", {INNER: [BLOCKS]}), "within.*, .*not a string"),
+    "a number as fingerprint": (field_set_to("fingerprint", 3), "fingerprint.* 3, .*not a string"),
 }
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_spec_is_refused_with_words(case: str) -> None:
+def test_an_error_says_what_is_wrong_with_a_malformed_spec(case: str) -> None:
     edit, words = MALFORMED[case]
     content = json.loads(HEADS_TEXT)
     edit(content)
@@ -192,8 +209,8 @@ def test_a_malformed_spec_is_refused_with_words(case: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not a permutation spec.*derive it anew"),
-        ("{", "not a permutation spec.*derive it anew"),
+        ("", "not a permutation spec.*derive it again"),
+        ("{", "not a permutation spec.*derive it again"),
         (HEADS_TEXT[:-9], "not a permutation spec"),
         (HEADS_TEXT + "}", "not a permutation spec"),
         ("[" * 100_000, "not a permutation spec"),
@@ -207,7 +224,7 @@ def test_a_malformed_spec_is_refused_with_words(case: str) -> None:
     ],
     ids=range(12),
 )
-def test_other_texts_are_refused(text: Any, words: str) -> None:
+def test_text_that_is_no_spec_is_refused(text: Any, words: str) -> None:
     with pytest.raises(SpecError, match=words) as caught:
         spec_from_json(text)
     assert len(str(caught.value)) < 300
@@ -231,7 +248,7 @@ JSON = st.recursive(
 
 
 def mutate(content: Any, data: st.DataObject) -> Any:
-    """Put a random value in a random place of a tree, add one there, or take one away."""
+    """Replace, add or remove a random value at a random position of nested lists and dicts."""
     if isinstance(content, dict) and content and data.draw(st.integers(0, 9)):
         key = data.draw(st.sampled_from(sorted(content)))
         act = data.draw(st.sampled_from(["go", "go", "drop", "add"]))
@@ -247,7 +264,7 @@ def mutate(content: Any, data: st.DataObject) -> Any:
 
 
 def assert_usable(spec: PermutationSpec) -> None:
-    """Whatever was read can be shown, written, and used on what has its shapes."""
+    """Check that a spec can be printed, written, and applied to tensors of its shapes."""
     assert spec_from_json(spec_to_json(spec)) == spec
     assert str(spec)
     assert 0.0 <= spec.freedom <= 1.0
@@ -267,7 +284,7 @@ def assert_usable(spec: PermutationSpec) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_a_spec_changed_at_random_is_refused_or_a_spec(data: st.DataObject) -> None:
+def test_a_randomly_changed_spec_is_refused_or_valid(data: st.DataObject) -> None:
     content = json.loads(HEADS_TEXT)
     for _ in range(data.draw(st.integers(1, 3))):
         content = mutate(content, data)
@@ -284,7 +301,7 @@ def test_a_spec_changed_at_random_is_refused_or_a_spec(data: st.DataObject) -> N
 
 
 class Plain(nn.Module):
-    """A net that is told by its settings alone."""
+    """A net whose attributes may differ."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -329,12 +346,12 @@ def dense(between: nn.Module) -> nn.Module:
     ],
     ids=range(14),
 )
-def test_another_architecture_of_the_same_shapes_is_refused(
+def test_another_architecture_with_the_same_shapes_is_refused(
     build: Callable[[], nn.Module], other: Callable[[], nn.Module], inputs: tuple[int, ...]
 ) -> None:
     spec = derive_spec(build(), torch.zeros(inputs))
     text = spec_to_json(spec)
-    spec.check(other().state_dict())  # Shapes and keys tell nothing.
+    spec.check(other().state_dict())  # Keys and shapes are the same.
     assert spec_from_json(text, build()) == spec
     with pytest.raises(
         SpecError, match=r"another architecture \(fingerprint \w{12}\.\.\., the model's is"
@@ -343,7 +360,7 @@ def test_another_architecture_of_the_same_shapes_is_refused(
 
 
 @pytest.mark.parametrize("name", sorted(ZOO)[::8])
-def test_weights_dtype_and_mode_are_no_part_of_an_architecture(name: str) -> None:
+def test_weights_dtype_mode_and_hooks_do_not_change_the_fingerprint(name: str) -> None:
     model = ZOO[name].build()
     expected = fingerprint(model)
     torch.manual_seed(5)
@@ -359,13 +376,13 @@ def test_weights_dtype_and_mode_are_no_part_of_an_architecture(name: str) -> Non
     assert fingerprint(hooked) == expected
 
 
-def test_a_meta_model_has_the_fingerprint_of_the_real_one() -> None:
+def test_a_meta_model_has_the_fingerprint_of_the_real_model() -> None:
     with torch.device("meta"):
         empty = dense(nn.ReLU())
     assert fingerprint(empty) == fingerprint(dense(nn.ReLU()))
 
 
-def test_a_trained_model_has_the_fingerprint_of_a_fresh_one() -> None:
+def test_training_does_not_change_the_fingerprint() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
     model(torch.zeros(2, 3, 8, 8))
     expected = fingerprint(model)
@@ -377,7 +394,7 @@ def test_a_trained_model_has_the_fingerprint_of_a_fresh_one() -> None:
     assert fingerprint(model) == expected
 
 
-def test_the_model_of_other_keys_or_shapes_is_named_first() -> None:
+def test_an_error_names_the_keys_or_shapes_that_differ() -> None:
     text = spec_to_json(derive_spec(dense(nn.ReLU()), torch.zeros(2, 4)))
     wide = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
     with pytest.raises(SpecError, match=r"0\.weight has shape \(7, 4\), the spec expects \(6, 4\)"):

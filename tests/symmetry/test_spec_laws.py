@@ -1,10 +1,10 @@
-"""Laws of specs and permutations, on every model of the table."""
+"""Laws of specs and permutations, on every model of the zoo."""
 
 import math
 
 import pytest
 import torch
-from helpers import assert_same, lively, random_inputs, run, spec_of, state_of
+from helpers import assert_same, generic, random_inputs, run, spec_of, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,16 +18,16 @@ def random_permutation(spec: PermutationSpec, seed: int) -> Permutation:
 
 
 @each_model
-def test_groups_are_those_of_the_architecture(name: str) -> None:
+def test_the_groups_are_those_of_the_architecture(name: str) -> None:
     spec = spec_of(ZOO[name])
     assert tuple(sorted(spec.groups.values())) == ZOO[name].groups
 
 
 @each_model
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_a_permuted_model_is_the_same_function(name: str, training: bool) -> None:
+def test_a_permuted_model_computes_the_same_function(name: str, training: bool) -> None:
     entry = ZOO[name]
-    spec, model = spec_of(entry), lively(entry, seed=1)
+    spec, model = spec_of(entry), generic(entry, seed=1)
     inputs, state = random_inputs(entry, seed=2), state_of(model)
     outputs, after = run(model, state, inputs, training)
     for seed in range(3):
@@ -40,9 +40,9 @@ def test_a_permuted_model_is_the_same_function(name: str, training: bool) -> Non
 
 
 @each_model
-def test_each_group_alone_moves_something(name: str) -> None:
+def test_each_group_moves_a_tensor(name: str) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     for group, size in spec.groups.items():
         swap = torch.arange(size)
         swap[:2] = torch.tensor([1, 0])
@@ -54,7 +54,7 @@ def test_each_group_alone_moves_something(name: str) -> None:
 @given(name=st.sampled_from(sorted(ZOO)), one=st.integers(0, 999), two=st.integers(0, 999))
 def test_invert_and_compose(name: str, one: int, two: int) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     first, second = random_permutation(spec, one), random_permutation(spec, two)
     assert_same(spec.apply(first.invert(), spec.apply(first, state)), state, rtol=0, atol=0)
     assert first.compose(first.invert()).is_identity
@@ -63,9 +63,9 @@ def test_invert_and_compose(name: str, one: int, two: int) -> None:
 
 
 @each_model
-def test_apply_leaves_its_input_alone_and_keeps_dtypes(name: str) -> None:
+def test_apply_does_not_change_its_input_and_keeps_dtypes(name: str) -> None:
     entry = ZOO[name]
-    spec, state = spec_of(entry), state_of(lively(entry, seed=1))
+    spec, state = spec_of(entry), state_of(generic(entry, seed=1))
     before = {key: value.clone() for key, value in state.items()}
     moved = spec.apply(random_permutation(spec, 0), state)
     assert_same(state, before, rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_apply_leaves_its_input_alone_and_keeps_dtypes(name: str) -> None:
     assert_same(spec.apply(spec.identity(), state), state, rtol=0, atol=0)
 
 
-def test_random_is_reproducible_and_uniform_over_places() -> None:
+def test_random_is_reproducible_and_reaches_every_order() -> None:
     spec = derive_spec(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
     assert_same(
         dict(random_permutation(spec, 5).indices), dict(random_permutation(spec, 5).indices)
@@ -85,7 +85,7 @@ def test_random_is_reproducible_and_uniform_over_places() -> None:
     assert len(seen) == math.factorial(3)
 
 
-def test_wrong_state_dicts_are_named() -> None:
+def test_an_error_names_what_is_wrong_with_a_state_dict() -> None:
     spec = derive_spec(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
     state = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).state_dict()
     with pytest.raises(SpecError, match=r"lacks 1 keys.*1\.bias"):
@@ -96,7 +96,7 @@ def test_wrong_state_dicts_are_named() -> None:
         spec.apply(spec.identity(), {**state, "0.weight": torch.zeros(2, 3)})
 
 
-def test_wrong_permutations_are_named() -> None:
+def test_an_error_names_what_is_wrong_with_a_permutation() -> None:
     spec = derive_spec(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
     state = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).state_dict()
     with pytest.raises(SpecError, match="0: not a permutation of 3 units"):

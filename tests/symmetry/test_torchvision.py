@@ -1,4 +1,4 @@
-"""Every classification model of torchvision, unmodified: what its spec opens, and that it holds."""
+"""All classification models of torchvision, unmodified: their specs are free, and they hold."""
 
 import copy
 
@@ -11,11 +11,11 @@ from fl_rebasin import derive_spec
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 SIZES = {"inception_v3": 299}
-"""The least side of an image that the model takes, where it is not 64."""
+"""Minimum image size, where it is not 64."""
 OPTIONS = {name: {"init_weights": False} for name in ("googlenet", "inception_v3")}
-"""These two announce that their initial weights will change."""
+"""These two warn that their initial weights will change."""
 SMALL = 30_000_000
-"""Models with more parameters are only proved by the derivation's own check."""
+"""For models with more parameters, the self-check of the derivation suffices."""
 
 
 def image_size(name: str) -> int:
@@ -23,25 +23,25 @@ def image_size(name: str) -> int:
 
 
 def build(name: str) -> nn.Module:
-    """Build a model; on meta tensors where its constructor allows, which saves the time to fill."""
+    """Build a model, if possible on the meta device, where weights need no initialisation."""
     options = OPTIONS.get(name, {})
     try:
         with torch.device("meta"):
             return torchvision.models.get_model(name, **options)
-    except (RuntimeError, NotImplementedError):  # It reads numbers off its tensors.
+    except (RuntimeError, NotImplementedError):  # The constructor reads values of its tensors.
         return torchvision.models.get_model(name, **options)
 
 
-def test_all_are_listed() -> None:
+def test_the_list_of_models_is_complete() -> None:
     assert len(NAMES) >= 80
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_spec_of_a_model_is_free_and_holds(name: str) -> None:
+def test_the_spec_is_free_and_holds(name: str) -> None:
     model = build(name)
     inputs = torch.zeros(1, 3, image_size(name), image_size(name))
-    # A warning, as of a group that the self-check pins, is an error here.
+    # If the self-check pins a group it warns, which is an error in tests.
     spec = derive_spec(model, inputs)
     assert spec.freedom >= 0.95, set(spec.pinned.values())
     assert not [reason for reason in spec.pinned.values() if "no rule" in reason]
@@ -56,7 +56,7 @@ def test_the_spec_of_a_model_is_free_and_holds(name: str) -> None:
     double = copy.deepcopy(real).double().eval()
     with torch.no_grad():
         for parameter in double.parameters():
-            # Biases and norms start alike.
+            # Fresh biases and norms have equal values.
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn(
                     parameter.shape, generator=generator, dtype=torch.float64

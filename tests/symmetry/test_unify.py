@@ -1,29 +1,17 @@
-"""The solver of equations between axes: what it binds, what it pins."""
+"""The solver of equations between axes: what it binds and what it pins."""
 
 import math
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_rebasin.symmetry.unify import (
-    MISFIT,
-    Join,
-    Product,
-    Unknown,
-    cut,
-    factor,
-    join,
-    leaves,
-    pin,
-    product,
-    reshape,
-    resolve,
-    unify,
-)
+from fl_rebasin.symmetry.cutting import cut, factor, reshape
+from fl_rebasin.symmetry.terms import Join, Product, Unknown, join, leaves, pin, product, resolve
+from fl_rebasin.symmetry.unify import MISFIT, unify
 
 
 def sizes(term: object) -> object:
-    """The structure of an axis, in sizes."""
+    """Return the structure of an axis, written with sizes."""
     match resolve(term):  # type: ignore[arg-type]
         case Join(parts):
             return ["+", *map(sizes, parts)]
@@ -43,7 +31,7 @@ def test_two_unknowns_become_one() -> None:
     assert resolve(one) is resolve(other)
 
 
-def test_a_pinned_axis_pins_what_it_meets_with_its_reason() -> None:
+def test_a_pinned_axis_pins_the_other_side_with_its_reason() -> None:
     structure = join([Unknown(2), product([Unknown(3), Unknown(2)])])
     unify(Unknown(8, "because"), structure)
     assert reasons(structure) == {"because"}
@@ -63,7 +51,7 @@ def test_products_are_factored_where_either_is() -> None:
     assert list(leaves(left)) == list(leaves(right))
 
 
-def test_a_concatenation_meets_a_product_along_its_first_factor() -> None:
+def test_a_concatenation_and_a_product_unify_along_the_first_factor() -> None:
     left = join([product([Unknown(2), Unknown(3)]), Unknown(9)])
     right = product([Unknown(5), Unknown(3)])
     unify(left, right)
@@ -71,20 +59,20 @@ def test_a_concatenation_meets_a_product_along_its_first_factor() -> None:
     assert len({*leaves(left)} | {*leaves(right)}) == 3
 
 
-def test_what_does_not_fit_is_pinned_on_both_sides() -> None:
+def test_structures_that_do_not_fit_are_pinned_on_both_sides() -> None:
     left, right = product([Unknown(2), Unknown(3)]), product([Unknown(3), Unknown(2)])
     unify(left, right)
     assert reasons(left) == reasons(right) == {MISFIT}
 
 
-def test_units_are_not_torn() -> None:
+def test_units_are_never_split() -> None:
     assert cut(product([Unknown(2), Unknown(3)]), 2) is None
     assert factor(join([Unknown(2), product([Unknown(2), Unknown(2)])]), 3) is not None
     assert factor(join([Unknown(2), product([Unknown(2), Unknown(3)])]), 2) is None
     assert factor(Unknown(7), 2) is None
 
 
-def test_the_first_reason_stays() -> None:
+def test_the_first_reason_is_kept() -> None:
     axis = Unknown(3)
     pin(axis, "first")
     pin(axis, "second")
@@ -93,19 +81,21 @@ def test_the_first_reason_stays() -> None:
 
 @given(st.lists(st.integers(1, 4), max_size=4))
 def test_reshape_keeps_sizes_and_order(shape: list[int]) -> None:
-    """Merged to one axis and split again, every axis is itself."""
+    """Axes that are merged into one and split again are the same axes."""
     axes = [Unknown(size) for size in shape]
-    (flat,) = reshape(axes, [math.prod(shape)], "torn")
-    again = reshape([flat], shape, "torn")
+    (flat,) = reshape(axes, [math.prod(shape)], "split")
+    again = reshape([flat], shape, "split")
     assert [term.size for term in again] == shape
     for before, after in zip(axes, again, strict=True):
-        # One place alone has no order, and needs no identity.
+        # An axis of size 1 has no order, so its identity does not matter.
         assert before.size == 1 or list(leaves(before)) == list(leaves(after))
         assert reasons(after) <= {None}
 
 
 @given(st.integers(1, 24), st.data())
-def test_a_cut_or_factored_unknown_says_so_everywhere(size: int, data: st.DataObject) -> None:
+def test_factoring_an_unknown_shows_in_every_axis_bound_to_it(
+    size: int, data: st.DataObject
+) -> None:
     axis = Unknown(size)
     same = Unknown(size)
     unify(same, axis)

@@ -1,4 +1,4 @@
-"""Attention in the ways in which it is written: a set of heads, and units within each head."""
+"""Attention as people write it: heads may be permuted, and so may the units within each head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.entry import Entry, features, numbers
 
 
 class Framed(nn.Module):
-    """A block on a residual stream of its own, between two linear layers."""
+    """A residual block between two linear layers."""
 
     def __init__(self, width: int, block: nn.Module) -> None:
         super().__init__()
@@ -25,13 +25,14 @@ class Framed(nn.Module):
         return self.head(hidden + self.block(hidden))
 
 
-def apart(inputs: Tensor, heads: int) -> Tensor:
-    """Turn `(batch, tokens, heads * units)` into `(batch, heads, tokens, units)`."""
+def split_heads(inputs: Tensor, heads: int) -> Tensor:
+    """Reshape `(batch, tokens, heads * units)` to `(batch, heads, tokens, units)`."""
     batch, tokens, width = inputs.shape
     return inputs.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
 
-def together(inputs: Tensor) -> Tensor:
+def merge_heads(inputs: Tensor) -> Tensor:
+    """Reshape `(batch, heads, tokens, units)` to `(batch, tokens, heads * units)`."""
     return inputs.transpose(1, 2).flatten(2)
 
 
@@ -41,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
-    """nn.MultiheadAttention on one stream."""
+    """nn.MultiheadAttention of a sequence to itself."""
 
     def __init__(self, width: int, heads: int, batch_first: bool = True, extra: bool = False):
         super().__init__()
@@ -69,7 +70,7 @@ class Masked(nn.Module):
 
 
 class ShownHeads(nn.Module):
-    """The attention maps of all heads are put out, so that the heads stay."""
+    """Returns the attention maps of all heads, so that the heads are pinned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class Unbound(nn.Module):
 
 
 class Indexed(Unbound):
-    """The same by `qkv[0]`, with units innermost but one."""
+    """The same by indexing `qkv[0]`, with tokens on the last axis."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         batch, tokens, _ = hidden.shape
@@ -191,7 +192,7 @@ class Chunked(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts = self.c_attn(hidden).chunk(3, dim=-1)
-        query, key, value = (apart(part, self.heads) for part in parts)
+        query, key, value = (split_heads(part, self.heads) for part in parts)
         found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.c_proj(found.transpose(1, 2).contiguous().flatten(2))
 
@@ -210,15 +211,15 @@ class MaskBuffer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts = self.c_attn(hidden).split([20, 20, 30], dim=2)
-        query, key, value = (apart(part, 5) for part in parts)
+        query, key, value = (split_heads(part, 5) for part in parts)
         tokens = hidden.shape[1]
         scores = query @ key.transpose(-2, -1) * key.size(-1) ** -0.5
         scores = scores.masked_fill(~self.mask[:tokens, :tokens], -torch.inf)
-        return self.c_proj(together(self.drop(scores.softmax(-1)) @ value))
+        return self.c_proj(merge_heads(self.drop(scores.softmax(-1)) @ value))
 
 
 class MaskGiven(Chunked):
-    """The mask of a buffer that is no part of the state, given to PyTorch's attention."""
+    """A mask in a non-persistent buffer, passed to PyTorch's attention."""
 
     mask: Tensor
 
@@ -229,16 +230,16 @@ class MaskGiven(Chunked):
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.c_attn(hidden).split(20, dim=2)
-        query, key, value = (apart(part, self.heads) for part in (query, key, value))
+        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
         tokens = hidden.shape[1]
         found = F.scaled_dot_product_attention(
             query, key, value, attn_mask=self.mask[:, :, :tokens, :tokens], scale=0.3
         )
-        return self.c_proj(together(found))
+        return self.c_proj(merge_heads(found))
 
 
 class Separate(nn.Module):
-    """Separate projections; `heads` of queries may exceed those of keys and values."""
+    """Separate projections; there may be more query heads than `shared` key and value heads."""
 
     def __init__(
         self,
@@ -259,17 +260,17 @@ class Separate(nn.Module):
 
     def split(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            apart(self.q_proj(hidden), self.heads),
-            apart(self.k_proj(context), self.shared),
-            apart(self.v_proj(context), self.shared),
+            split_heads(self.q_proj(hidden), self.heads),
+            split_heads(self.k_proj(context), self.shared),
+            split_heads(self.v_proj(context), self.shared),
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.o_proj(together(attend(*self.split(hidden, hidden))))
+        return self.o_proj(merge_heads(attend(*self.split(hidden, hidden))))
 
 
 class Einsum(Separate):
-    """The same in einsum, with reshapes as einops makes them."""
+    """The same with einsum, reshaping as einops does."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         batch, tokens, _ = hidden.shape
@@ -283,17 +284,17 @@ class Einsum(Separate):
 
 
 class Repeated(Separate):
-    """Grouped-query attention: keys and values are repeated, each in its place."""
+    """Grouped-query attention: keys and values are repeated by `repeat_interleave`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
         times = self.heads // self.shared
         key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
-        return self.o_proj(together(attend(query, key, value)))
+        return self.o_proj(merge_heads(attend(query, key, value)))
 
 
 class Expanded(Separate):
-    """Grouped-query attention: keys and values are expanded, as in llama."""
+    """Grouped-query attention: keys and values are expanded, as in Llama."""
 
     def spread(self, part: Tensor) -> Tensor:
         batch, shared, tokens, units = part.shape
@@ -302,27 +303,27 @@ class Expanded(Separate):
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
-        return self.o_proj(together(attend(query, self.spread(key), self.spread(value))))
+        return self.o_proj(merge_heads(attend(query, self.spread(key), self.spread(value))))
 
 
 class BuiltIn(Separate):
-    """Grouped-query attention by PyTorch's own flag."""
+    """Grouped-query attention by PyTorch's `enable_gqa`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
         found = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-        return self.o_proj(together(found))
+        return self.o_proj(merge_heads(found))
 
 
 class MultiQuery(Separate):
     """One key and value for all heads, by broadcasting."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.o_proj(together(attend(*self.split(hidden, hidden))))
+        return self.o_proj(merge_heads(attend(*self.split(hidden, hidden))))
 
 
 class Rotary(Expanded):
-    """Rotary positions in halves, as in llama; `rotated` units of a head turn, the rest do not."""
+    """Rotary positions in halves, as in Llama, for the first `rotated` units of each head."""
 
     inv_freq: Tensor
 
@@ -332,23 +333,23 @@ class Rotary(Expanded):
         frequencies = 1 / 100 ** (torch.arange(0, rotated, 2) / rotated)
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
-    def turn(self, part: Tensor) -> Tensor:
+    def rotate(self, part: Tensor) -> Tensor:
         positions = torch.arange(part.shape[2]).to(self.inv_freq)
         angles = torch.outer(positions, self.inv_freq)
         angles = torch.cat((angles, angles), dim=-1)
         part, rest = part[..., : self.rotated], part[..., self.rotated :]
         first, second = part[..., : self.rotated // 2], part[..., self.rotated // 2 :]
-        turned = part * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        rotated_part = part * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+        return torch.cat((rotated_part, rest), dim=-1) if rest.shape[-1] else rotated_part
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
-        query, key = self.turn(query), self.turn(key)
-        return self.o_proj(together(attend(query, self.spread(key), self.spread(value))))
+        query, key = self.rotate(query), self.rotate(key)
+        return self.o_proj(merge_heads(attend(query, self.spread(key), self.spread(value))))
 
 
 class ComplexRotary(Separate):
-    """Rotary positions by complex numbers, as in the first llama."""
+    """Rotary positions by complex numbers, as in the first Llama."""
 
     inv_freq: Tensor
 
@@ -356,16 +357,16 @@ class ComplexRotary(Separate):
         super().__init__(units=4, value_units=6)
         self.register_buffer("inv_freq", 1 / 100 ** (torch.arange(2) / 2), persistent=False)
 
-    def turn(self, part: Tensor) -> Tensor:
+    def rotate(self, part: Tensor) -> Tensor:
         positions = torch.arange(part.shape[2]).to(self.inv_freq)
         angles = torch.outer(positions, self.inv_freq)
-        turns = torch.polar(torch.ones_like(angles), angles)
+        rotations = torch.polar(torch.ones_like(angles), angles)
         pairs = torch.view_as_complex(part.reshape(*part.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turns).flatten(3)
+        return torch.view_as_real(pairs * rotations).flatten(3)
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
-        return self.o_proj(together(attend(self.turn(query), self.turn(key), value)))
+        return self.o_proj(merge_heads(attend(self.rotate(query), self.rotate(key), value)))
 
 
 class LlamaBlock(nn.Module):
@@ -403,7 +404,7 @@ class Falcon(nn.Module):
         query, key, value = fused[..., :-2, :], fused[..., [-2], :], fused[..., [-1], :]
         key, value = (part.broadcast_to(query.shape) for part in (key, value))
         query, key, value = (x.flatten(2, 3).transpose(1, 2) for x in (query, key, value))
-        return self.dense(together(F.scaled_dot_product_attention(query, key, value)))
+        return self.dense(merge_heads(F.scaled_dot_product_attention(query, key, value)))
 
 
 class Window(Separate):
@@ -420,7 +421,7 @@ class Window(Separate):
 
     def forward(self, hidden: Tensor) -> Tensor:
         bias = self.table[self.index.view(-1)].view(9, 9, -1).permute(2, 0, 1).contiguous()
-        return self.o_proj(together(attend(*self.split(hidden, hidden), bias[None])))
+        return self.o_proj(merge_heads(attend(*self.split(hidden, hidden), bias[None])))
 
 
 class Buckets(Separate):
@@ -434,11 +435,11 @@ class Buckets(Separate):
         positions = torch.arange(hidden.shape[1])
         buckets = (positions[None, :] - positions[:, None]).abs().clamp(max=7)
         bias = self.bias(buckets).permute(2, 0, 1).unsqueeze(0)
-        return self.o_proj(together(attend(*self.split(hidden, hidden), bias)))
+        return self.o_proj(merge_heads(attend(*self.split(hidden, hidden), bias)))
 
 
 class Alibi(Separate):
-    """A slope a head; heads can move only where the slopes can move with them."""
+    """A constant slope per head: the heads are pinned, because the slopes are."""
 
     slopes: Tensor
 
@@ -451,11 +452,11 @@ class Alibi(Separate):
         positions = torch.arange(hidden.shape[1])
         distance = -(positions[None, :] - positions[:, None]).abs()
         bias = self.slopes.view(-1, 1, 1) * distance.to(hidden.dtype)
-        return self.o_proj(together(attend(*self.split(hidden, hidden), bias)))
+        return self.o_proj(merge_heads(attend(*self.split(hidden, hidden), bias)))
 
 
 class Temperature(Separate):
-    """Cosine attention with a learned temperature a head, as in Swin v2."""
+    """Cosine attention with a learned temperature per head, as in Swin v2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -465,11 +466,11 @@ class Temperature(Separate):
         query, key, value = self.split(hidden, hidden)
         scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
         scores = scores * self.temperature.clamp(max=4.6).exp()
-        return self.o_proj(together(scores.softmax(-1) @ value))
+        return self.o_proj(merge_heads(scores.softmax(-1) @ value))
 
 
 class TalkingHeads(nn.Module):
-    """Heads mixed before and after the softmax, to other numbers of them."""
+    """Heads are mixed before and after the softmax, each time to another number of heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -481,11 +482,11 @@ class TalkingHeads(nn.Module):
         self.o_proj = nn.Linear(5 * 6, 10)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        query, key = apart(self.q_proj(hidden), 3), apart(self.k_proj(hidden), 3)
+        query, key = split_heads(self.q_proj(hidden), 3), split_heads(self.k_proj(hidden), 3)
         scores = torch.einsum("bhid,bhjd->bijh", query, key) / 7**0.5
         weights = self.before(scores).softmax(2)
         weights = self.after(weights).permute(0, 3, 1, 2)
-        return self.o_proj(together(weights @ apart(self.v_proj(hidden), 5)))
+        return self.o_proj(merge_heads(weights @ split_heads(self.v_proj(hidden), 5)))
 
 
 class NormedQueries(Separate):
@@ -498,11 +499,11 @@ class NormedQueries(Separate):
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
-        return self.o_proj(together(attend(self.q_norm(query), self.k_norm(key), value)))
+        return self.o_proj(merge_heads(attend(self.q_norm(query), self.k_norm(key), value)))
 
 
 class Cross(nn.Module):
-    """Attention to another stream."""
+    """Attention to another sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,7 +516,7 @@ class Cross(nn.Module):
     def forward(self, inputs: Tensor, context: Tensor) -> Tensor:
         hidden, context = self.stem(inputs), self.norm(F.gelu(self.other(context)))
         query, key, value = self.inner.split(hidden, context)
-        return self.head(hidden + self.inner.o_proj(together(attend(query, key, value))))
+        return self.head(hidden + self.inner.o_proj(merge_heads(attend(query, key, value))))
 
 
 class Stacked(nn.Module):
@@ -537,12 +538,12 @@ class Stacked(nn.Module):
 
 
 class LinearAttention(Separate):
-    """Keys are summed up before the queries ask."""
+    """Linear attention: keys and values are summed before they meet the queries."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.split(hidden, hidden)
         memory = torch.einsum("bhtd,bhte->bhde", key.softmax(2), value)
-        return self.o_proj(together(torch.einsum("bhtd,bhde->bhte", query.softmax(3), memory)))
+        return self.o_proj(merge_heads(torch.einsum("bhtd,bhde->bhte", query.softmax(3), memory)))
 
 
 class Gpt(nn.Module):
@@ -567,7 +568,7 @@ class Gpt(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """Latents that attend to the inputs and to one another, and are averaged: a set."""
+    """Averaged latents, which may be permuted, attend to the inputs and to each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -580,13 +581,13 @@ class Perceiver(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         latents = self.latents.expand(inputs.shape[0], -1, -1)
         query, key, value = self.cross.split(latents, inputs)
-        latents = latents + self.cross.o_proj(together(attend(query, key, value)))
+        latents = latents + self.cross.o_proj(merge_heads(attend(query, key, value)))
         latents = latents + self.inner(self.norm(latents))
         return self.head(latents.mean(1))
 
 
 class Memory(Separate):
-    """Learned keys and values besides those of the tokens: a set for each head."""
+    """Learned keys and values next to those of the tokens; each head may permute its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -598,11 +599,11 @@ class Memory(Separate):
         batch = hidden.shape[0]
         key = torch.cat([self.keys.expand(batch, -1, -1, -1), key], dim=2)
         value = torch.cat([self.values.expand(batch, -1, -1, -1), value], dim=2)
-        return self.o_proj(together(attend(query, key, value)))
+        return self.o_proj(merge_heads(attend(query, key, value)))
 
 
 class Pooled(nn.Module):
-    """One learned query a head asks all tokens."""
+    """One learned query per head attends to all tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -612,7 +613,7 @@ class Pooled(nn.Module):
         self.head = nn.Linear(18, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        key, value = apart(self.key(inputs), 3), apart(self.value(inputs), 3)
+        key, value = split_heads(self.key(inputs), 3), split_heads(self.value(inputs), 3)
         weights = (key @ self.query[:, :, None]).softmax(2)
         return self.head((weights * value).sum(2).flatten(1))
 

@@ -1,4 +1,4 @@
-"""Plain nets: dense, convolutional, residual, normalised, tied."""
+"""Basic nets: dense, convolutional, residual, normalised, tied."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Tied(nn.Module):
 
 
 class Chunked(nn.Module):
-    """A gated unit: one linear layer cut in two."""
+    """A gated unit: the outputs of one linear layer are cut into value and gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,24 +94,41 @@ class Chunked(nn.Module):
 
 def mlp(width: int = 7) -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(12, width), nn.ReLU(), nn.Dropout(0.3),
-        nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4),
-    )  # fmt: skip
+        nn.Flatten(),
+        nn.Linear(12, width),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, 4),
+    )
 
 
 def conv_flat() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.Flatten(), nn.Linear(6 * 9, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4),
-    )  # fmt: skip
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 9, 5),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 4),
+    )
 
 
 def norms() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.LeakyReLU(),
-        nn.Conv2d(8, 6, 3), nn.GroupNorm(6, 6), nn.Flatten(), nn.LayerNorm(6 * 16),
+        nn.Conv2d(3, 8, 3),
+        nn.GroupNorm(2, 8),
+        nn.LeakyReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.GroupNorm(6, 6),
+        nn.Flatten(),
+        nn.LayerNorm(6 * 16),
         nn.Linear(6 * 16, 3),
-    )  # fmt: skip
+    )
 
 
 BASICS = {

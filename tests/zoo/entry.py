@@ -1,4 +1,4 @@
-"""What a row of the table is, and inputs that several families share."""
+"""An entry of the zoo, and example inputs that several families share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Entry:
-    """A model, inputs that it runs on, and the groups that it must have.
+    """A model, example inputs for it, and the sizes of the groups that its spec must have.
 
     Attributes:
-        build: makes a fresh model.
-        inputs: a tensor, or keyword arguments.
-        groups: sorted sizes of all that may be permuted, as far as the function allows it; a
-            family (units within each head or block, each with its own permutation) counts once.
-            None where the answer is not known: then only the laws are tried.
+        build: returns a fresh model.
+        inputs: returns a tensor or keyword arguments.
+        groups: the sorted sizes of all groups. A group within the blocks of another, such as the
+            units within each head, counts once. None if the right answer is not known.
     """
 
     build: Callable[[], nn.Module]
@@ -28,15 +27,16 @@ class Entry:
 
 
 def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
+    """Return a function that returns two images."""
     return lambda: torch.zeros(2, channels, size, size)
 
 
 def features(*shape: int) -> Callable[[], Tensor]:
-    """Return a maker of floats."""
+    """Return a function that returns a float tensor."""
     return lambda: torch.zeros(*shape)
 
 
 def numbers(limit: int, *shape: int) -> Callable[[], Tensor]:
-    """Return a maker of integers below a limit, not all alike."""
+    """Return a function that returns different integers below a limit."""
     count = int(torch.tensor(shape).prod())
     return lambda: (torch.arange(count) * 7 % limit).reshape(shape)

@@ -1,4 +1,4 @@
-"""Graph nets: units of the nodes are free, nodes and edges are looked up by number."""
+"""Graph nets: hidden units of nodes are free; nodes and edges are looked up by index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def graph() -> dict[str, Tensor]:
 
 
 class IndexAdd(nn.Module):
-    """Messages of the sources are added up at the targets, each by a weight of its degree."""
+    """Sums messages at the target nodes, scaled by the degrees of both nodes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class IndexAdd(nn.Module):
 
 
 class InPlace(IndexAdd):
-    """The same with the operators that write in place, by `index_select`."""
+    """The same with in-place operators and `index_select`."""
 
     def spread(self, hidden: Tensor, edges: Tensor) -> Tensor:
         found = hidden.new_zeros(hidden.shape)
@@ -52,7 +52,7 @@ class InPlace(IndexAdd):
 
 
 class ScatterAdd(IndexAdd):
-    """An index as wide as the units."""
+    """Sums messages with an index expanded along the units."""
 
     def spread(self, hidden: Tensor, edges: Tensor) -> Tensor:
         index = edges[1].unsqueeze(-1).expand(-1, hidden.shape[1])
@@ -60,7 +60,7 @@ class ScatterAdd(IndexAdd):
 
 
 class ScatterMax(IndexAdd):
-    """The largest of the messages, unit by unit."""
+    """The largest message, unit by unit."""
 
     def spread(self, hidden: Tensor, edges: Tensor) -> Tensor:
         index = edges[1].unsqueeze(-1).expand(-1, hidden.shape[1])
@@ -69,7 +69,7 @@ class ScatterMax(IndexAdd):
 
 
 class Coordinates(IndexAdd):
-    """A sparse matrix of coordinates times the hidden units."""
+    """A sparse COO matrix times the hidden units."""
 
     def spread(self, hidden: Tensor, edges: Tensor) -> Tensor:
         values = torch.ones(edges.shape[1], dtype=hidden.dtype) / 2
@@ -79,7 +79,7 @@ class Coordinates(IndexAdd):
 
 
 class Rows(IndexAdd):
-    """A sparse matrix of compressed rows."""
+    """A sparse CSR matrix times the hidden units."""
 
     def spread(self, hidden: Tensor, edges: Tensor) -> Tensor:
         order = torch.argsort(edges[1], stable=True)
@@ -96,7 +96,7 @@ class Rows(IndexAdd):
 
 
 class Adjacent(nn.Module):
-    """A batch of dense adjacency matrices."""
+    """Dense adjacency matrices, one per graph of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Adjacent(nn.Module):
 
 
 class MeanConcat(nn.Module):
-    """GraphSAGE: a node beside the mean of its neighbours."""
+    """GraphSAGE: a node concatenated with the mean of its neighbours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class MeanConcat(nn.Module):
 
 
 class Attending(nn.Module):
-    """Graph attention: several heads, a softmax over the edges into a node."""
+    """Graph attention: several heads, and a softmax over the edges into each node."""
 
     def __init__(self, average: bool) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Attending(nn.Module):
 
 
 class Pairs(nn.Module):
-    """Edges are scored by what lies at both ends."""
+    """Scores edges by the nodes at both ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Pairs(nn.Module):
 
 
 class Convolved(nn.Module):
-    """Messages by a matrix that is a function of the edge."""
+    """Messages by a matrix that is a function of each edge."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Convolved(nn.Module):
 
 
 class Gated(nn.Module):
-    """Messages drive a recurrent cell, in three rounds; graphs are read out by their numbers."""
+    """Messages drive a recurrent cell in three rounds; nodes are summed by graph index."""
 
     batch: Tensor
 
@@ -212,7 +212,7 @@ class Gated(nn.Module):
 
 
 class Isomorphism(nn.Module):
-    """GIN: a sum, with a learned share of the node itself; edges are constants of the model."""
+    """GIN: a sum with a learned weight for the node itself; edges are constants of the model."""
 
     source: Tensor
     target: Tensor
@@ -234,7 +234,7 @@ class Isomorphism(nn.Module):
 
 
 class Relations(nn.Module):
-    """Kinds of edges that mix the matrices of a common basis."""
+    """The matrix of each edge type is a mixture of common basis matrices."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What else people write: reparametrisations, experts, tables, odd uses of parameters."""
+"""Other nets: reparametrisations, experts, tabular nets, unusual uses of parameters."""
 
 from __future__ import annotations
 
@@ -16,31 +16,43 @@ from zoo.entry import Entry, features, numbers
 
 def weight_normed() -> nn.Module:
     return nn.Sequential(
-        parametrizations.weight_norm(nn.Conv1d(3, 6, 3)), nn.ReLU(),
-        parametrizations.weight_norm(nn.ConvTranspose1d(6, 5, 3), dim=1), nn.ReLU(), nn.Flatten(),
-        parametrizations.weight_norm(nn.Linear(5 * 8, 7)), nn.Tanh(), nn.Linear(7, 2),
-    )  # fmt: skip
+        parametrizations.weight_norm(nn.Conv1d(3, 6, 3)),
+        nn.ReLU(),
+        parametrizations.weight_norm(nn.ConvTranspose1d(6, 5, 3), dim=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        parametrizations.weight_norm(nn.Linear(5 * 8, 7)),
+        nn.Tanh(),
+        nn.Linear(7, 2),
+    )
 
 
 def spectrally_normed() -> nn.Module:
     return nn.Sequential(
-        parametrizations.spectral_norm(nn.Conv1d(3, 6, 3)), nn.ReLU(), nn.Flatten(),
-        parametrizations.spectral_norm(nn.Linear(6 * 6, 7)), nn.ReLU(), nn.Linear(7, 2),
-    )  # fmt: skip
+        parametrizations.spectral_norm(nn.Conv1d(3, 6, 3)),
+        nn.ReLU(),
+        nn.Flatten(),
+        parametrizations.spectral_norm(nn.Linear(6 * 6, 7)),
+        nn.ReLU(),
+        nn.Linear(7, 2),
+    )
 
 
 def old_weight_normed() -> nn.Module:
-    """Make a model by the deprecated function, without gradients, so that it can be copied."""
+    """Use the deprecated function, without gradients, so that the model can be copied."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
         return nn.Sequential(
-            weight_norm(nn.Linear(4, 7)), nn.ReLU(), weight_norm(nn.Linear(7, 5), dim=None),
-            nn.ReLU(), nn.Linear(5, 2),
-        )  # fmt: skip
+            weight_norm(nn.Linear(4, 7)),
+            nn.ReLU(),
+            weight_norm(nn.Linear(7, 5), dim=None),
+            nn.ReLU(),
+            nn.Linear(5, 2),
+        )
 
 
 class Experts(nn.Module):
-    """Stacked experts, softly gated; `best` of them, where it is given."""
+    """Stacked experts with soft gates; if `best` is given, only that many."""
 
     def __init__(self, best: int | None = None) -> None:
         super().__init__()
@@ -64,7 +76,7 @@ class Experts(nn.Module):
 
 
 class Routed(nn.Module):
-    """A few experts for each row, fetched by their numbers."""
+    """A few experts for each row, selected by index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +92,7 @@ class Routed(nn.Module):
 
 
 class ModuleExperts(nn.Module):
-    """Experts that are modules of their own: they stay, their insides are free."""
+    """Experts in separate modules: they are pinned, but their hidden units are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +110,7 @@ class ModuleExperts(nn.Module):
 
 
 class Hyper(nn.Module):
-    """A net that makes the weights of another."""
+    """A net that computes the weights of another net."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +127,7 @@ class Hyper(nn.Module):
 
 
 class Bare(nn.Module):
-    """Parameters without modules, by matmul, broadcasting and powers."""
+    """Parameters without modules, used by matmul, broadcasting and powers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +146,7 @@ class Bare(nn.Module):
 
 
 class Thrice(nn.Module):
-    """One submodule called three times, on one stream, and once on another."""
+    """A submodule called three times on one input, and once on another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +162,7 @@ class Thrice(nn.Module):
 
 
 class Choosing(nn.Module):
-    """Control flow on shapes, on a flag and on an argument that may be missing."""
+    """Control flow on shapes, on a flag and on an optional argument."""
 
     def __init__(self, deep: bool = True) -> None:
         super().__init__()
@@ -171,7 +183,7 @@ class Choosing(nn.Module):
 
 
 class Nested(nn.Module):
-    """Outputs in a nest of dicts, tuples and lists; one of them the hidden units themselves."""
+    """Nested outputs, one of which is a layer of hidden units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +211,7 @@ class NestedInputs(nn.Module):
 
 
 class Maxout(nn.Module):
-    """The largest of several pieces: a set within each unit."""
+    """Maxout: each unit is the largest of several pieces, which may be permuted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +225,7 @@ class Maxout(nn.Module):
 
 
 class Highway(nn.Module):
-    """A gate between what was and what is new."""
+    """Highway layers: a gate between the old and the new hidden units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +242,7 @@ class Highway(nn.Module):
 
 
 class Siamese(nn.Module):
-    """One net for two inputs; only the angle between the results is seen."""
+    """One net for two inputs; the outputs are an angle and a distance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +254,7 @@ class Siamese(nn.Module):
 
 
 class Contrastive(nn.Module):
-    """CLIP: two towers, normalised, and all the products."""
+    """CLIP: all dot products of the normalised outputs of two nets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +268,7 @@ class Contrastive(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Several softmaxes, mixed: components are a set."""
+    """A mixture of softmaxes, whose components may be permuted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +317,7 @@ class Factors(nn.Module):
 
 
 class WideDeep(nn.Module):
-    """Embeddings of several widths beside plain numbers, and a linear path around."""
+    """Wide and deep: embeddings and numbers in a deep net, and a linear path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +349,7 @@ class Crossing(nn.Module):
 
 
 class RadialKan(nn.Module):
-    """A sum of learned functions of each input, in a learned basis: the basis is a set."""
+    """A sum of learned functions of each input, in a learned basis, which may be permuted."""
 
     def __init__(self, enter: int, leave: int, basis: int) -> None:
         super().__init__()
@@ -352,7 +364,7 @@ class RadialKan(nn.Module):
 
 
 class Sine(nn.Module):
-    """SIREN: sines, with frequencies of random Fourier features in a buffer."""
+    """SIREN: sines of random Fourier features, whose frequencies are in a buffer."""
 
     frequencies: Tensor
 
@@ -370,7 +382,7 @@ class Sine(nn.Module):
 
 
 class ResidualMlp(nn.Module):
-    """Pre-normed blocks, by a norm that is told."""
+    """Residual blocks with the given norms."""
 
     def __init__(self, *norms: nn.Module) -> None:
         super().__init__()
@@ -435,7 +447,7 @@ class SwiGlu(nn.Module):
 
 
 class Placed(nn.Module):
-    """Learned positions, added; tokens then meet in a convolution."""
+    """Learned positions are added to tokens, and a convolution mixes the tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,7 +462,7 @@ class Placed(nn.Module):
 
 
 class TwoUses(nn.Module):
-    """One parameter that is a bias here, a scale there, and a row of a matrix elsewhere."""
+    """One parameter used as a bias, as a scale and as a row of a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -467,7 +479,7 @@ class TwoUses(nn.Module):
 
 
 class Rejoined(nn.Module):
-    """Hidden units cut unequally, treated apart, and joined in another order."""
+    """Hidden units are cut into unequal parts and concatenated in another order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -496,7 +508,7 @@ class Pairing(nn.Module):
 
 
 class Outer(nn.Module):
-    """Bilinear pooling: the outer product of two nets, flat."""
+    """Bilinear pooling: the flattened outer product of two nets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -509,7 +521,7 @@ class Outer(nn.Module):
 
 
 class Capsules(nn.Module):
-    """Units in groups of a common norm: groups are a set, and so are the units within each."""
+    """Capsules with a common norm; capsules may be permuted, and so may the units in each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,7 +535,7 @@ class Capsules(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Distances to learned centres, and a soft choice among them."""
+    """Distances to learned centres, and a soft choice of a centre."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -538,7 +550,7 @@ class Codebook(nn.Module):
 
 
 class Crowd(nn.Module):
-    """Deep sets, a variational code without its noise, and a wide last layer."""
+    """Deep sets, and a variational code without its noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -558,7 +570,7 @@ class Crowd(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Nets stacked in one parameter and averaged: the nets are a set."""
+    """Averaged nets, stacked in one parameter; they may be permuted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recurrent nets: hidden units carry over in time, gates keep their order."""
+"""Recurrent nets: the hidden units of all time steps are the same; gates keep their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.entry import Entry, features, numbers
 
 
 class Steps(nn.Module):
-    """A recurrent layer whose output at each step, or at the last, is read by a linear layer."""
+    """A recurrent layer, and a linear layer on its output at each step or at the last step."""
 
     def __init__(self, core: nn.RNNBase, width: int, last: bool = False) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class LearnedStart(nn.Module):
 
 
 class Between(nn.Module):
-    """Dropout between the layers, at the rate of a module that the tests switch off."""
+    """Dropout between the layers, at the rate of a module that tests set to 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Between(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of different widths, of different kinds."""
+    """Layers of different widths and types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class LstmLoop(nn.Module):
 
 
 class CellLoop(nn.Module):
-    """A cell without a cell state, started with zeros."""
+    """A cell without a cell state, starting from zeros."""
 
     def __init__(self, cell: nn.RNNCellBase) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Reader(nn.Module):
 
 
 class Packed(nn.Module):
-    """Sequences of several lengths; the final states of both directions and all outputs."""
+    """Packed sequences of different lengths; the final states and all outputs are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Packed(nn.Module):
 
 
 class Translator(nn.Module):
-    """The encoder's last state is the decoder's first one."""
+    """The encoder's last state is the decoder's first state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Translator(nn.Module):
 
 
 class Listener(nn.Module):
-    """A decoder that attends to the states of a bidirectional encoder, by an additive score."""
+    """A decoder with additive attention to the states of a bidirectional encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Listener(nn.Module):
 
 
 class Elman(nn.Module):
-    """A recurrence written out, with a mask that stops it where a sequence ends."""
+    """A hand-written recurrence, with a mask that stops it where a sequence ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Elman(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """A diagonal state space for each channel: states are a set within each channel."""
+    """A diagonal state space for each channel, which may permute its own states."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ def normed(enter: int, leave: int, kernel: int = 3, groups: int = 1) -> nn.Seque
 
 
 class Unet(nn.Module):
-    """Down and up again, with concatenated skips."""
+    """U-Net: downsampling and upsampling with concatenated skips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Mixer(nn.Module):
 
 
 class Squeezed(nn.Module):
-    """Squeeze and excitation: channels weighed by a function of their means."""
+    """Squeeze and excitation: channels are weighted by a function of their means."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Squeezed(nn.Module):
 
 
 class Inverted(nn.Module):
-    """MobileNet's block: wide inside, depthwise, with a linear bottleneck."""
+    """MobileNet's block: a wide depthwise convolution and a linear bottleneck."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Inverted(nn.Module):
 
 
 class Next(nn.Module):
-    """ResNeXt's block: a grouped convolution between two of 1 x 1."""
+    """ResNeXt's block: a grouped convolution between two 1 x 1 convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Next(nn.Module):
 
 
 class ConvNext(nn.Module):
-    """ConvNeXt's block: channels last in the middle, and a scale a channel."""
+    """ConvNeXt's block: channels last inside, and one scale per channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class ConvNext(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """ShuffleNet: a grouped convolution, a shuffle by hand, another grouped one."""
+    """ShuffleNet: a hand-written channel shuffle between two grouped convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Shuffled(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Spatial pyramid pooling: the channels pooled to several sizes, flat, side by side."""
+    """Spatial pyramid pooling: channels pooled to several sizes, flattened and concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Pyramid(nn.Module):
 
 
 class Generator(nn.Module):
-    """DCGAN: a linear layer seen as an image, then transposed convolutions."""
+    """DCGAN: a linear layer reshaped to an image, then transposed convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Generator(nn.Module):
 
 
 class Random(nn.Module):
-    """Stochastic depth, at the rate of a module that the tests switch off."""
+    """Stochastic depth, at the rate of a module that tests set to 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Auxiliary(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Levels of a backbone brought to one width, upsampled and added."""
+    """Feature pyramid: levels of a backbone are projected to one width, upsampled and added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Branches(nn.Module):
-    """Inception: branches of several kinds, side by side."""
+    """Inception: branches of several kinds, concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class Branches(nn.Module):
 
 
 class HalfPassed(nn.Module):
-    """ShuffleNet v2 and CSP: one half of the channels passes by the block."""
+    """ShuffleNet v2 and CSP: one half of the channels bypasses the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class HalfPassed(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Attention over the positions of an image, added by a learned share."""
+    """Attention over the positions of an image, added with a learned weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class NonLocal(nn.Module):
 
 
 class Modulated(nn.Module):
-    """FiLM and adaptive instance norm: scales and shifts of the channels from a condition."""
+    """FiLM and adaptive instance norm: a condition scales and shifts the channels."""
 
     def __init__(self) -> None:
         super().__init__()

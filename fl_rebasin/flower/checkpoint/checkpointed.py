@@ -35,6 +35,7 @@ class _Run:
         num_rounds: number of rounds in the whole run.
         changes: finds what the run changed in the strategies and configs.
         arrays: the global model.
+        layout: dtypes and shapes of the initial model.
         done: number of rounds that were done when the run started or resumed.
         aggregated: whether any round so far has aggregated a model.
         train: aggregated training metrics by round.
@@ -45,6 +46,7 @@ class _Run:
     num_rounds: int
     changes: RunChanges
     arrays: ArrayRecord
+    layout: dict[str, str]
     done: int = 0
     aggregated: bool = False
     train: dict[int, MetricRecord] = field(default_factory=dict)
@@ -52,7 +54,12 @@ class _Run:
     server: dict[int, MetricRecord] = field(default_factory=dict)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint belongs to another architecture or to other strategies.
+        """
+        _check_architecture(checkpoint.state["layout"], self.layout, checkpoint.round)
         self.changes.restore(checkpoint.state["changes"])
         _set_random_state(checkpoint.state["random"])
         self.arrays = checkpoint.arrays
@@ -72,7 +79,7 @@ class _Run:
             train_metrics_clientapp=self.train,
             evaluate_metrics_clientapp=self.evaluate,
             evaluate_metrics_serverapp=self.server,
-            state={"changes": changes, "random": _random_state()},
+            state={"changes": changes, "random": _random_state(), "layout": self.layout},
         )
 
     def result(self) -> Result:
@@ -96,8 +103,9 @@ class Checkpointed(WrappedStrategy):
     and configs, and the random state of `random`, NumPy and PyTorch on the CPU. It does not hold
     what clients store. The log names every value that a checkpoint cannot hold.
 
-    Flower's own `start` runs the remaining rounds and numbers them from 1. The wrapped strategy
-    and `evaluate_fn` get the round's number in the whole run.
+    Flower's own `start` runs the remaining rounds and numbers them from 1; the wrapped strategy's
+    `start` is not called. The wrapped strategy and `evaluate_fn` get the round's number in the
+    whole run.
 
     Args:
         strategy: any Flower strategy.
@@ -152,9 +160,9 @@ class Checkpointed(WrappedStrategy):
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}
         earlier = self._earlier()
-        run = _Run(num_rounds, RunChanges(self.strategy, configs), initial_arrays)
+        changes = RunChanges(self.strategy, configs)
+        run = _Run(num_rounds, changes, initial_arrays, _layout(initial_arrays))
         if earlier is not None:
-            _check_architecture(earlier, initial_arrays)
             run.restore(earlier)
             log(
                 INFO,
@@ -270,30 +278,33 @@ class Checkpointed(WrappedStrategy):
         return metrics
 
 
-def _check_architecture(checkpoint: Checkpoint, initial: ArrayRecord) -> None:
-    """Raise `ValueError` unless the checkpoint's model and the initial one have the same layout.
+def _layout(arrays: ArrayRecord) -> dict[str, str]:
+    """Return the dtype and shape of each array of a model, in the model's key order."""
+    return {key: f"{np.dtype(each.dtype)} {tuple(each.shape)}" for key, each in arrays.items()}
 
-    The layout is the keys in their order, with their shapes and dtypes.
+
+def _check_architecture(saved: dict[str, str], initial: dict[str, str], number: int) -> None:
+    """Raise `ValueError` unless two layouts are equal.
+
+    Args:
+        saved: layout of the initial model of the run that wrote the checkpoint. The layout of the
+            checkpoint's model may differ: some strategies change dtypes.
+        initial: layout of the initial model of this run.
+        number: round of the checkpoint.
     """
-
-    def described(arrays: ArrayRecord, key: str) -> str:
-        if key not in arrays:
-            return "missing"
-        return f"{np.dtype(arrays[key].dtype)} {tuple(arrays[key].shape)}"
-
-    saved = checkpoint.arrays
-    problem = f"the checkpoint of round {checkpoint.round} belongs to another architecture"
+    problem = f"the checkpoint of round {number} belongs to another architecture"
     remedy = "use the model that it was written with, or another folder"
-    for key in dict.fromkeys([*initial, *saved]):
-        if described(saved, key) != described(initial, key):
+    for key in {**initial, **saved}:
+        there, here = saved.get(key, "missing"), initial.get(key, "missing")
+        if there != here:
             raise ValueError(
-                f"{problem}: {key} is {described(saved, key)} in the checkpoint, "
-                f"{described(initial, key)} in the initial model; {remedy}"
+                f"{problem}: {key} is {there} in the checkpoint, {here} in the initial model; "
+                f"{remedy}"
             )
-    for key, other in zip(saved, initial, strict=True):
-        if key != other:
+    for there, here in zip(saved, initial, strict=True):
+        if there != here:
             raise ValueError(
-                f"{problem}: it has {key} where the initial model has {other}; {remedy}"
+                f"{problem}: it has {there} where the initial model has {here}; {remedy}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Python values as JSON and arrays, and back: what a checkpoint holds of a run's memory."""
+"""Converts Python values to JSON and arrays, and back: the contents of a checkpoint file."""
 
 from __future__ import annotations
 
@@ -19,33 +19,31 @@ from torch import Tensor
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 
-_NATIVE = {
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64"),
-}
-"""What safetensors calls by the same name as NumPy; other arrays are kept as bytes."""
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64")
+"""Dtypes that safetensors can store. Arrays of other dtypes are stored as bytes."""
 _DICTS: dict[str, type] = {"dict": dict, "ordered": OrderedDict}
 _RECORDS: dict[str, type] = {"metrics": MetricRecord, "config": ConfigRecord}
 _NUMPY_BITS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
 
 class UnstorableError(TypeError):
-    """A value is of no type that a checkpoint can hold."""
+    """A checkpoint cannot hold values of this type."""
 
 
 def encode(value: Any, arrays: Arrays, path: str) -> Any:
-    """Return a value as what JSON can hold; its arrays go into `arrays`, under the path.
+    """Return a value in a form that JSON can hold, and add its arrays to `arrays`.
 
     Args:
-        value: None, a bool, number, string, bytes, NumPy array, tensor, record of Flower, random
+        value: None, a bool, number, string, bytes, NumPy array, tensor, Flower record, random
             generator, or a list, tuple or dict (with keys of type str or int) of these.
-        arrays: gains C-contiguous arrays of types that safetensors knows.
-        path: what the arrays' names begin with.
+        arrays: receives C-contiguous arrays of dtypes that safetensors can store.
+        path: the prefix of the arrays' names.
 
     Raises:
-        UnstorableError: the value, or a part of it, is something else.
+        UnstorableError: the value, or a part of it, has another type.
     """
-    # Exact types: what a subclass adds would be lost.
+    # The type must match exactly: whatever a subclass adds would be lost.
     kind: Any = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -63,26 +61,28 @@ def encode(value: Any, arrays: Arrays, path: str) -> Any:
     if kind is Array:
         return _encode_flower(value, arrays, path)
     if kind is ArrayRecord:
-        each = [[key, _encode_flower(value[key], arrays, f"{path}/{key}")] for key in value]
-        return {"arrays": each}
+        entries = [[key, _encode_flower(value[key], arrays, f"{path}/{key}")] for key in value]
+        return {"arrays": entries}
     if kind is list or kind is tuple:
-        items = [encode(item, arrays, f"{path}/{place}") for place, item in enumerate(value)]
+        items = [encode(item, arrays, f"{path}/{index}") for index, item in enumerate(value)]
         return items if kind is list else {"tuple": items}
     for name, known in (_DICTS | _RECORDS).items():
         if kind is known:
             if any(type(key) not in (str, int) for key in value):
-                raise UnstorableError("a dict whose keys are not all of type str or int")
+                raise UnstorableError(
+                    "a checkpoint cannot hold a dict with keys other than str and int"
+                )
             return {
                 name: [[key, encode(each, arrays, f"{path}/{key}")] for key, each in value.items()]
             }
     for name, generator in _GENERATORS.items():
         if kind is generator.type and (state := generator.read(value)) is not None:
             return {"generator": name, "state": encode(state, arrays, path)}
-    raise UnstorableError(f"no checkpoint can hold a value of type {kind.__qualname__}")
+    raise UnstorableError(f"a checkpoint cannot hold a value of type {kind.__qualname__}")
 
 
 def decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Return the value that `encode` was given."""
+    """Return the value from which `encode` made a node."""
     if isinstance(node, list):
         return [decode(item, arrays) for item in node]
     if not isinstance(node, dict):
@@ -110,22 +110,21 @@ def decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def replaced(old: Any, new: Any) -> Any:
-    """Return the new value; a generator stays the same object, which others may share."""
+    """Return the new value. A random generator stays the same object, which others may share."""
     for generator in _GENERATORS.values():
-        if type(old) is type(new) is generator.type:
-            state = generator.read(new)
-            if generator.write(old, state):
-                return old
+        same_type = type(old) is type(new) is generator.type
+        if same_type and generator.write(old, generator.read(new)):
+            return old
     return new
 
 
 def fingerprint(value: Any) -> str:
-    """Return what changes when a value does, also when it cannot be stored."""
+    """Return a digest that changes when the value changes, even if it cannot be stored."""
     return _fingerprint(value, ())
 
 
 def digest_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """Return a digest of a text and of C-contiguous arrays."""
+    """Return a digest of a text and some C-contiguous arrays."""
     digest = hashlib.blake2b(text.encode(), digest_size=20)
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -133,27 +132,29 @@ def digest_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(value: Any, above: tuple[int, ...]) -> str:
+def _fingerprint(value: Any, parents: tuple[int, ...]) -> str:
+    """Return the digest of a value; `parents` are the addresses of the objects that contain it."""
     arrays: Arrays = {}
-    if id(value) in above:
+    if id(value) in parents:
         return "itself"
     try:
         return digest_of(json.dumps(encode(value, arrays, "")), arrays)
     except (UnstorableError, RecursionError, ValueError):
         pass
-    above = (*above, id(value))
+    parents = (*parents, id(value))
     parts = [type(value).__qualname__]
     try:
-        parts += [_fingerprint(part, above) for part in _parts(value)]
-    except Exception:  # Objects may do anything when they are asked for what they hold.
+        parts += [_fingerprint(part, parents) for part in _parts(value)]
+    except Exception:  # An object of an unknown type may raise anything here.
         parts = []
     if isinstance(value, (set, frozenset)):
         parts.sort()
-    # What shows nothing of itself has changed when it is another object.
+    # The address stands for an object that reveals no parts: only another object is a change.
     return digest_of(" ".join(parts if len(parts) > 1 else [str(id(value))]), {})
 
 
 def _parts(value: Any) -> Iterable[Any]:
+    """Return the values that a value consists of."""
     if isinstance(value, Tensor):
         plain = value.detach().as_subclass(Tensor)
         return [plain if plain.layout == torch.strided else plain.to_dense()]
@@ -179,12 +180,12 @@ def _text(content: bytes) -> str:
 
 def _dtype(array: np.ndarray) -> str:
     if array.dtype.hasobject or array.dtype.names is not None or array.dtype.subdtype is not None:
-        raise UnstorableError(f"array of {array.dtype}")
+        raise UnstorableError(f"a checkpoint cannot hold an array of dtype {array.dtype}")
     return array.dtype.str
 
 
-def _put(array: np.ndarray, arrays: Arrays, path: str) -> str:
-    """Add an array under its path, or one like it if that is taken; return the name."""
+def _add(array: np.ndarray, arrays: Arrays, path: str) -> str:
+    """Add an array under its path, made unique where necessary; return its name."""
     while path in arrays:
         path += "'"
     native = array.dtype.isnative and array.dtype.name in _NATIVE
@@ -198,7 +199,7 @@ def _encode_array(array: np.ndarray, arrays: Arrays, path: str) -> dict[str, Any
     dtype = _dtype(array)
     flags = array.flags
     order = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
-    name = _put(array, arrays, path)
+    name = _add(array, arrays, path)
     return {"array": name, "dtype": dtype, "shape": list(array.shape), "order": order}
 
 
@@ -206,16 +207,18 @@ def _decode_array(node: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> np.
     array, dtype = arrays[node["array"]], np.dtype(node["dtype"])
     if array.dtype != dtype:
         array = np.frombuffer(array.tobytes(), dtype)
-    # A copy, which may be written to and shares nothing.
+    # A copy: writable, and independent of the stored array.
     return np.array(array.reshape(node["shape"]), order=node["order"])
 
 
 def _encode_tensor(tensor: Tensor, arrays: Arrays, path: str) -> dict[str, Any]:
     if tensor.requires_grad or tensor.layout != torch.strided or tensor.is_quantized:
-        raise UnstorableError("tensor that needs a gradient, is sparse or quantized")
-    here = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    # By bytes, since NumPy has no bfloat16.
-    name = _put(here.reshape(-1).view(torch.uint8).numpy(), arrays, path)
+        raise UnstorableError(
+            "a checkpoint cannot hold a tensor that requires a gradient, is sparse or is quantized"
+        )
+    plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    # As bytes, because NumPy has no bfloat16.
+    name = _add(plain.reshape(-1).view(torch.uint8).numpy(), arrays, path)
     return {
         "tensor": name,
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -232,17 +235,17 @@ def _decode_tensor(node: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Te
 
 
 def _encode_flower(array: Array, arrays: Arrays, path: str) -> dict[str, Any]:
-    """Flower's arrays are bytes with a head: the array within if they are NumPy's."""
+    """Encode a Flower array: as a NumPy array if its bytes are one, else as its bytes."""
     try:
-        within = array.numpy()
-        plain = within.shape == tuple(array.shape) and str(within.dtype) == array.dtype
+        values = array.numpy()
+        plain = values.shape == tuple(array.shape) and str(values.dtype) == array.dtype
     except Exception:
         plain = False
     if plain:
-        return {"flower": _encode_array(within, arrays, path)}
-    payload = _put(np.frombuffer(array.data, np.uint8), arrays, path)
-    head = {"dtype": array.dtype, "shape": list(array.shape), "stype": array.stype}
-    return {"flower": {"payload": payload, **head}}
+        return {"flower": _encode_array(values, arrays, path)}
+    payload = _add(np.frombuffer(array.data, np.uint8), arrays, path)
+    header = {"dtype": array.dtype, "shape": list(array.shape), "stype": array.stype}
+    return {"flower": {"payload": payload, **header}}
 
 
 def _decode_flower(node: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Array:
@@ -258,7 +261,14 @@ def _decode_flower(node: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Ar
 
 
 class _Generator:
-    """A kind of random generator: how its state is read, written, and made one again."""
+    """A type of random generator, with functions for its state.
+
+    Args:
+        kind: the type.
+        read: returns a generator's state, or None if it cannot be stored.
+        write: sets a generator's state.
+        blank: returns a new generator that can have a given state.
+    """
 
     def __init__(
         self,
@@ -273,7 +283,7 @@ class _Generator:
         self._blank = blank
 
     def write(self, generator: Any, state: Any) -> bool:
-        """Set a generator's state; return whether it is of the kind that can have it."""
+        """Set a generator's state; return whether the generator accepts such a state."""
         try:
             self._write(generator, state)
         except (TypeError, ValueError, RuntimeError):
@@ -281,7 +291,7 @@ class _Generator:
         return True
 
     def make(self, state: Any) -> Any:
-        """Return a new generator with a state."""
+        """Return a new generator with a given state."""
         generator = self._blank(state)
         self._write(generator, state)
         return generator

@@ -42,7 +42,8 @@ class Checkpoint:
         train_metrics_clientapp: aggregated training metrics by round, as in Flower's `Result`.
         evaluate_metrics_clientapp: the clients' aggregated evaluation metrics by round.
         evaluate_metrics_serverapp: metrics that `evaluate_fn` returned, by round.
-        state: what else a resumed run needs: the state of the strategies and the random state.
+        state: what else a resumed run needs: the state of the strategies, the random state and
+            the layout of the initial model.
     """
 
     round: int

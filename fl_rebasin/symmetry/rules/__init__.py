@@ -1,8 +1,9 @@
-"""One rule an operator: how axes pass through it. One operator family a file.
+"""One rule per operator: how axes pass through it. Each file holds one family of operators.
 
-A rule is called with the tracer, the operator, its arguments and its result; it states equations
-between axes (`unify`, `pin`), assigns the axes of the result, and returns True. Returning False,
-like having no rule at all, pins everything that the operator touches.
+A rule is called with the tracer, the operator, its arguments and its result. It states equations
+between axes (`unify`), pins those whose order matters (`pin`), assigns the axes of the result, and
+returns True. If it returns False, or if an operator has no rule, every axis of every tensor that
+the operator reads or writes is pinned.
 """
 
 from fl_rebasin.symmetry.rules.complexes import COMPLEXES
@@ -11,7 +12,9 @@ from fl_rebasin.symmetry.rules.indexing import INDEXING
 from fl_rebasin.symmetry.rules.linear import LINEAR
 from fl_rebasin.symmetry.rules.norms import NORMS
 from fl_rebasin.symmetry.rules.ordering import ORDERING
+from fl_rebasin.symmetry.rules.patches import PATCHES
 from fl_rebasin.symmetry.rules.pointwise import POINTWISE, pointwise
+from fl_rebasin.symmetry.rules.rearranging import REARRANGING
 from fl_rebasin.symmetry.rules.reductions import REDUCTIONS
 from fl_rebasin.symmetry.rules.shapes import SHAPES
 from fl_rebasin.symmetry.rules.sparse import SPARSE
@@ -26,6 +29,8 @@ RULES = {
     **SHAPES,
     **REDUCTIONS,
     **INDEXING,
+    **REARRANGING,
+    **PATCHES,
     **ORDERING,
     **VECTORS,
     **GATES,

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: contracted axes are the same, output axes are the weight's."""
+"""Matrix products and convolutions: contracted axes are equal, output axes are the weight's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_rebasin.symmetry.cutting import factor
 from fl_rebasin.symmetry.rules.protocol import Rule, Trace
-from fl_rebasin.symmetry.unify import Term, Unknown, factor, mix, pin, product, unify, unify_places
+from fl_rebasin.symmetry.rules.spatial import KERNEL, POSITION
+from fl_rebasin.symmetry.terms import Term, Unknown, pin, product
+from fl_rebasin.symmetry.unify import mix, unify, unify_elementwise
 
 
 def matmul(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """`(..., n, k) @ (..., k, m)`, with or without a batch axis."""
     left, right = trace.axes(args[0]), trace.axes(args[1])
-    unify_places(left[:-2], right[:-2])
+    unify_elementwise(left[:-2], right[:-2])
     mix(left, [len(left) - 1])
     mix(right, [len(right) - 2])
     unify(left[-1], right[-2], along=left[:-2])
@@ -33,13 +36,13 @@ def addmm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 
 def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Any convolution, grouped, depthwise or transposed; positions stay in order."""
+    """Any convolution, grouped, depthwise or transposed; positions keep their order."""
     transposed, groups = args[6], args[8]
     image, weight = trace.axes(args[0]), trace.axes(args[1])
     for kernel in weight[2:]:
-        pin(kernel, "kernel position")
+        pin(kernel, KERNEL)
     for position in image[2:]:
-        pin(position, "position in an image")
+        pin(position, POSITION)
     result: Term
     if groups == 1:
         inner = 0 if transposed else 1
@@ -48,8 +51,8 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         mix(weight, [inner])
         unify(image[1], contracted)
     else:
-        # Block g of the input meets only block g of the weight: blocks move together, and in each
-        # block the units on their own.
+        # Block g of the input meets block g of the weight alone: blocks move together, and each
+        # block has its own order of units.
         inputs, outer = factor(image[1], groups), factor(weight[0], groups)
         if inputs is None or outer is None:
             return False
@@ -59,7 +62,7 @@ def convolution(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         result = product([inputs[0], weight[1]]) if transposed else weight[0]
     if args[2] is not None:
         unify(result, trace.axes(args[2])[0])
-    positions = [Unknown(size, "position in an image") for size in out.shape[2:]]
+    positions = [Unknown(size, POSITION) for size in out.shape[2:]]
     trace.assign(out, [image[0], result, *positions])
     return True
 

@@ -1,4 +1,4 @@
-"""Normalisation layers: per-channel parameters follow the channel."""
+"""Normalisation layers: the parameters of a channel follow the channel."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_rebasin.symmetry.cutting import factor
 from fl_rebasin.symmetry.rules.protocol import Rule, Trace
-from fl_rebasin.symmetry.unify import Unknown, factor, mix, unify, unify_places
+from fl_rebasin.symmetry.terms import Unknown
+from fl_rebasin.symmetry.unify import mix, unify, unify_elementwise
 
 
 def _statistics(trace: Trace, tensors: Any) -> None:
-    """Saved statistics are only read by the backward pass: nobody asks for their axes."""
+    """Give new axes to saved statistics, which the backward pass alone reads."""
     for tensor in tensors:
         trace.assign(tensor, [Unknown(size, "saved statistics") for size in tensor.shape])
 
@@ -30,19 +32,19 @@ def batch_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> boo
 
 
 def layer_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Mean and variance do not care for order: the normalised axes stay free."""
+    """Mean and variance do not depend on the order: the normalised axes stay free."""
     axes = trace.axes(args[0])
     mix(axes, range(len(axes) - len(args[1]), len(axes)))
     for tensor in args[2:4]:
         if isinstance(tensor, Tensor):
-            unify_places(axes[-tensor.ndim :], trace.axes(tensor))
+            unify_elementwise(axes[-tensor.ndim :], trace.axes(tensor))
     trace.assign(out[0], axes)
     _statistics(trace, out[1:])
     return True
 
 
 def group_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Groups move as blocks, and within each group its channels."""
+    """Groups move as blocks, and each group has its own order of channels."""
     axes, groups = trace.axes(args[0]), args[6]
     channels = axes[1]
     mix(axes, [1])
@@ -57,12 +59,16 @@ def group_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> boo
     return True
 
 
+BATCH_NORMS = (
+    "_batch_norm_with_update",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "native_batch_norm",
+)
 NORMS: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-         "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
-        batch_norm,
-    ),
+    **dict.fromkeys(BATCH_NORMS, batch_norm),
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
-}  # fmt: skip
+}

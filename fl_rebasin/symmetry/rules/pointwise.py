@@ -1,4 +1,4 @@
-"""Operators that treat every place alike: axes at the same place are the same axis."""
+"""Elementwise operators: the axes of their arguments correspond one to one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fl_rebasin.symmetry.rules.protocol import Rule, Trace
-from fl_rebasin.symmetry.unify import UNIT, Term, fresh, unify_places
+from fl_rebasin.symmetry.terms import UNIT, Term, fresh
+from fl_rebasin.symmetry.unify import unify_elementwise
 
 
 def broadcast(trace: Trace, tensors: list[Tensor]) -> tuple[Term, ...]:
@@ -17,7 +18,7 @@ def broadcast(trace: Trace, tensors: list[Tensor]) -> tuple[Term, ...]:
     common: list[Term] = [UNIT] * ndim
     for tensor in tensors:
         axes = (*[UNIT] * (ndim - tensor.ndim), *trace.axes(tensor))
-        unify_places(common, axes)
+        unify_elementwise(common, axes)
         common = [
             term if known.size == 1 else known for known, term in zip(common, axes, strict=True)
         ]
@@ -37,22 +38,31 @@ def pointwise(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool
 
 
 def constant(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Tensors with the same value everywhere: each of their axes is free."""
+    """Tensors filled with one value: each axis is free."""
     trace.assign(out, fresh(out.shape))
     return True
 
 
+COPIES = ("_to_copy", "alias", "clone", "copy_", "detach", "lift_fresh", "lift_fresh_copy")
+# The entries of a dropout mask are exchangeable in distribution.
+DROPOUTS = ("bernoulli", "bernoulli_", "dropout", "native_dropout")
+FILLS = ("fill_", "zero_", "threshold_backward")
+CONSTANTS = (
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "scalar_tensor",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
 POINTWISE: dict[str, Rule] = {
-    **dict.fromkeys(
-        # Dropout's mask has no order of its own: it is exchangeable in distribution.
-        ("clone", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "copy_",
-         "dropout", "native_dropout", "bernoulli", "bernoulli_",
-         "fill_", "zero_", "threshold_backward"),
-        pointwise,
-    ),
-    **dict.fromkeys(
-        ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like",
-         "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"),
-        constant,
-    ),
-}  # fmt: skip
+    **dict.fromkeys((*COPIES, *DROPOUTS, *FILLS), pointwise),
+    **dict.fromkeys(CONSTANTS, constant),
+}

@@ -1,4 +1,4 @@
-"""Sums, means, maxima and softmax: an axis that is summed away does not care for order."""
+"""Sums, means, maxima and softmax: the result does not depend on the order of a reduced axis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fl_rebasin.symmetry.rules.protocol import Rule, Trace
-from fl_rebasin.symmetry.unify import UNIT, mix
+from fl_rebasin.symmetry.terms import UNIT
+from fl_rebasin.symmetry.unify import mix
 
 
 def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Reduce the axes in the second argument; all of them where there is none."""
+    """Reduces the axes in the second argument, or all axes without one."""
     axes = trace.axes(args[0])
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(dims, int):
@@ -31,7 +32,7 @@ def reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
 
 
 def softmax(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """The normaliser is a sum: every axis passes through."""
+    """The normaliser is a sum, so every axis passes through."""
     axes = trace.axes(args[0])
     if axes:
         mix(axes, [args[1] % len(axes)])

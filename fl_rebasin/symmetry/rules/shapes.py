@@ -1,4 +1,4 @@
-"""Operators that only rearrange: views, permutes, concatenations, cuts."""
+"""Views, permutes, concatenations and slices: every axis is followed to where it goes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_rebasin.symmetry.cutting import cut, reshape
 from fl_rebasin.symmetry.rules.protocol import Rule, Trace
-from fl_rebasin.symmetry.unify import (
-    UNIT,
-    Term,
-    Unknown,
-    cut,
-    join,
-    pin,
-    reshape,
-    restrict,
-    varying,
-)
+from fl_rebasin.symmetry.terms import UNIT, Term, Unknown, join, pin, restrict, varying
 
-TORN = "cut out of an axis that cannot be cut there"
+SPLIT_UNIT = "sliced inside a block of units"
+SELECTED = "one position selected by index"
+STEP = "sliced with a step"
 
 
 def view(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
@@ -31,7 +24,7 @@ def view(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 
 def transpose(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Swap two axes (the first two without arguments)."""
+    """Swaps two axes, by default the first two."""
     axes = list(trace.axes(args[0]))
     if len(axes) >= 2:
         one, other = args[1:] or (0, 1)
@@ -41,14 +34,14 @@ def transpose(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> b
 
 
 def permute(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Reorder the axes."""
+    """Reorders the axes."""
     axes = trace.axes(args[0])
     trace.assign(out, [axes[dim] for dim in args[1]])
     return True
 
 
-def resize(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """`unsqueeze`, `squeeze`: only axes of size 1 come and go."""
+def squeeze(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """`squeeze`, `unsqueeze`: axes of size 1 vanish or appear."""
     wide = [term for term in trace.axes(args[0]) if term.size != 1]
     rest = iter(wide)
     if [term.size for term in wide] != [size for size in out.shape if size != 1]:
@@ -58,27 +51,31 @@ def resize(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool
 
 
 def expand(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Broadcast axes hold the same value everywhere: they are free."""
+    """A broadcast axis repeats one value, so it is free."""
     axes = trace.axes(args[0])
     full: list[Term] = [UNIT] * (out.ndim - len(axes)) + list(axes)
-    for place, size in enumerate(out.shape):
-        if full[place].size != size:
-            full[place] = Unknown(size, along=tuple(full[:place]))
+    for dim, size in enumerate(out.shape):
+        if full[dim].size != size:
+            full[dim] = Unknown(size, along=tuple(full[:dim]))
     trace.assign(out, full)
     return True
 
 
-def _apart(places: Sequence[Term], each: Sequence[Sequence[Term]]) -> list[Term]:
-    """Return axes that are those of another tensor in each of some places.
+def _by_part(parts: Sequence[Term], each: Sequence[Sequence[Term]]) -> list[Term]:
+    """Return the axes of joined tensors: in each part those of its own tensor.
 
-    Only where an operator mixes the places must they be the same.
+    They become the same in all parts once an operator mixes the parts.
+
+    Args:
+        parts: for each tensor its part of the joined axis.
+        each: for each tensor its other axes.
     """
-    return [varying(zip(places, terms, strict=True)) for terms in zip(*each, strict=True)]
+    return [varying(zip(parts, terms, strict=True)) for terms in zip(*each, strict=True)]
 
 
 def cat(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """The joined axis is a concatenation; the others are in each part those of its tensor."""
-    # An empty one-dimensional tensor may be concatenated with anything, and adds nothing.
+    """The joined axis is a concatenation; in each part, the other axes are those of its tensor."""
+    # PyTorch lets an empty one-dimensional tensor be concatenated with anything.
     tensors = [tensor for tensor in args[0] if tensor.ndim == out.ndim]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     each = [list(trace.axes(tensor)) for tensor in tensors if tensor.shape[dim]]
@@ -86,50 +83,50 @@ def cat(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
         trace.assign(out, trace.axes(tensors[0]))
         return True
     joined = [axes.pop(dim) for axes in each]
-    axes = _apart(joined, each)
+    axes = _by_part(joined, each)
     axes.insert(dim, join(joined))
     trace.assign(out, axes)
     return True
 
 
 def stack(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """The new axis keeps its order; the others are in each place those of its tensor."""
+    """The new axis keeps its order; at each position, the other axes are those of its tensor."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
-    places = [Unknown(1, "stacked", outer=True) for _ in args[0]]
-    axes = _apart(places, [trace.axes(tensor) for tensor in args[0]])
-    axes.insert(dim, join(places))
+    positions = [Unknown(1, "stacked", outer=True) for _ in args[0]]
+    axes = _by_part(positions, [trace.axes(tensor) for tensor in args[0]])
+    axes.insert(dim, join(positions))
     trace.assign(out, axes)
     return True
 
 
 def _pieces(term: Term, sizes: Sequence[int]) -> list[Term]:
-    """Cut an axis into consecutive pieces; pin it where a cut would tear a unit."""
+    """Cut an axis into consecutive pieces; pin it where a cut would split a unit."""
     pieces: list[Term] = []
     for size in sizes:
         if size in (0, term.size):
             halves: tuple[Term, Term] | None = (
-                (Unknown(0, TORN), term) if size == 0 else (term, Unknown(0, TORN))
+                (Unknown(0, SPLIT_UNIT), term) if size == 0 else (term, Unknown(0, SPLIT_UNIT))
             )
         else:
             halves = cut(term, size)
         if halves is None:
-            pin(term, TORN)
-            halves = Unknown(size, TORN), Unknown(term.size - size, TORN)
+            pin(term, SPLIT_UNIT)
+            halves = Unknown(size, SPLIT_UNIT), Unknown(term.size - size, SPLIT_UNIT)
         pieces.append(halves[0])
         term = halves[1]
     return pieces
 
 
 def _within(axes: Sequence[Term], dim: int, pieces: Sequence[Term], number: int) -> list[Term]:
-    """Return the axes of a piece: what varies along the axis that was cut is what it is there."""
+    """Return the axes of one piece of a tensor; axes that vary along the cut one are restricted."""
     return [
-        pieces[number] if place == dim else restrict(term, pieces, number)
-        for place, term in enumerate(axes)
+        pieces[number] if each == dim else restrict(term, pieces, number)
+        for each, term in enumerate(axes)
     ]
 
 
 def piece(axes: Sequence[Term], dim: int, start: int, size: int) -> list[Term]:
-    """Return the axes of the piece `[start, start + size)` of one axis."""
+    """Return the axes of a tensor after the slice `[start, start + size)` of one of them."""
     whole = axes[dim]
     if size == whole.size:
         return list(axes)
@@ -147,15 +144,15 @@ def split(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]
 
 
 def slice_(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """`x[a:b]`: a piece of the concatenation; a stride other than 1 pins the axis."""
+    """`x[a:b]`: a piece of a concatenation; a step other than 1 pins the axis."""
     axes = list(trace.axes(args[0]))
     dim = (args[1] if len(args) > 1 else 0) % len(axes)
     start = args[2] if len(args) > 2 and args[2] is not None else 0
     step = args[4] if len(args) > 4 else 1
     whole, size = axes[dim], out.shape[dim]
     if step != 1:
-        pin(whole, "taken with a stride")
-        axes[dim] = Unknown(size, "taken with a stride")
+        pin(whole, STEP)
+        axes[dim] = Unknown(size, STEP)
     else:
         start = max(start + whole.size, 0) if start < 0 else min(start, whole.size)
         axes = piece(axes, dim, start, size)
@@ -164,21 +161,21 @@ def slice_(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool
 
 
 def select(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """`x[i]`: one place by its number, so the axis keeps its order."""
+    """`x[i]`: one position selected by index, so the axis keeps its order."""
     axes = trace.axes(args[0])
     dim, number = args[1] % len(axes), args[2] % args[0].shape[args[1]]
     kept = piece(axes, dim, number, 1)
-    pin(axes[dim], "one place taken by its number")
+    pin(axes[dim], SELECTED)
     trace.assign(out, kept[:dim] + kept[dim + 1 :])
     return True
 
 
 def unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> bool:
-    """All places of an axis by their numbers."""
+    """Selects each position of an axis by index."""
     axes = trace.axes(args[0])
     dim = (args[1] if len(args) > 1 else 0) % len(axes)
     pieces = _pieces(axes[dim], [1] * len(out))
-    pin(axes[dim], "one place taken by its number")
+    pin(axes[dim], SELECTED)
     for number, tensor in enumerate(out):
         kept = _within(axes, dim, pieces, number)
         trace.assign(tensor, kept[:dim] + kept[dim + 1 :])
@@ -186,10 +183,10 @@ def unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor
 
 
 def pad(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Padding with a constant joins places that are all alike to both ends, or cuts them off."""
+    """Padding appends positions of equal value to both ends; negative padding cuts them off."""
     axes = list(trace.axes(args[0]))
-    for place, (before, after) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
-        dim = len(axes) - 1 - place
+    for number, (before, after) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
+        dim = len(axes) - 1 - number
         kept = axes[dim].size + min(before, 0) + min(after, 0)
         axes = piece(axes, dim, max(-before, 0), kept)
         ends = Unknown(max(before, 0)), Unknown(max(after, 0))
@@ -198,29 +195,12 @@ def pad(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     return True
 
 
-def embedding(trace: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Rows are looked up by their numbers; columns are units."""
-    rows, columns = trace.axes(args[0])
-    pin(rows, "looked up by number")
-    trace.assign(out, [*trace.axes(args[1]), columns])
-    return True
-
-
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
     **dict.fromkeys(("t", "t_", "transpose", "transpose_", "numpy_T"), transpose),
-    **dict.fromkeys(("unsqueeze", "unsqueeze_", "squeeze", "squeeze_"), resize),
-    **dict.fromkeys(
-        (
-            "split",
-            "split_with_sizes",
-            "chunk",
-            "unsafe_split",
-            "unsafe_split_with_sizes",
-            "unsafe_chunk",
-        ),
-        split,
-    ),
+    **dict.fromkeys(("unsqueeze", "unsqueeze_", "squeeze", "squeeze_"), squeeze),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
+    **dict.fromkeys(("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"), split),
     "permute": permute,
     "expand": expand,
     "cat": cat,
@@ -229,5 +209,4 @@ SHAPES: dict[str, Rule] = {
     "select": select,
     "unbind": unbind,
     "constant_pad_nd": pad,
-    "embedding": embedding,
 }

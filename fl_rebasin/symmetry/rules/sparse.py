@@ -1,4 +1,4 @@
-"""Products with a sparse matrix, COO or CSR (`mm` and `addmm` of these are dense names)."""
+"""Products with a sparse matrix, COO or CSR: the axes are those of the dense product."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fl_rebasin.symmetry.rules.protocol import Rule, Trace
 
 
 def mm_reduce(trace: Trace, func: Any, args: Any, kwargs: Any, out: tuple[Tensor, ...]) -> bool:
-    """A product whose sum is a mean, a maximum or a minimum over the stored entries."""
-    # The second result, which entry was the largest, is for the backward pass only.
+    """A product that takes the mean, maximum or minimum over the stored entries, not the sum."""
+    # The second result, the index of the largest entry, is read by the backward pass alone.
     if not matmul(trace, func, args[:2], {}, out[0]):
         return False
     axes = trace.axes(out[0])

@@ -1,4 +1,4 @@
-"""How a model is run so that two runs can be compared: precisely, and without chance."""
+"""Running a model so that two runs can be compared: in high precision and without randomness."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ DOUBLE: Wide = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
-"""What each dtype is computed in."""
+"""The dtype in which to compute each dtype."""
 SINGLE: Wide = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.complex32: torch.complex64,
 }
-"""The same for models with an operator that double precision lacks."""
+"""The same for models with an operator that does not support double precision."""
 
 
 class Precise(TorchDispatchMode):
-    """Computes everything in wide dtypes, casts included, and without chance.
+    """Computes everything in wide dtypes, casts included, and without dropout.
 
-    Dropout's masks, drawn place by place, are no function of the units: they become 1 - p.
+    A random mask is not a function of the units, so that a permuted model would draw another one:
+    masks become constant, 1 - p.
     """
 
     def __init__(self, wide: Wide) -> None:
@@ -52,9 +53,9 @@ class Precise(TorchDispatchMode):
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name == "bernoulli_":
-            # The operator leaves its default out of the arguments.
-            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return args[0].copy_(torch.as_tensor(chance))
+            # PyTorch omits the default value from the arguments.
+            probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return args[0].copy_(torch.as_tensor(probability))
         wide = self._wide
         if kwargs.get("dtype") in wide:
             kwargs = {**kwargs, "dtype": wide[kwargs["dtype"]]}
@@ -68,7 +69,7 @@ class Precise(TorchDispatchMode):
 
 
 def widened(leaf: Any, wide: Wide) -> Any:
-    """Return a tensor of floats in a wide dtype, everything else as it is."""
+    """Return a tensor of floats in a wide dtype, and anything else unchanged."""
     if isinstance(leaf, Tensor) and leaf.dtype in wide:
         return leaf.to(wide[leaf.dtype])
     return leaf
@@ -76,7 +77,7 @@ def widened(leaf: Any, wide: Wide) -> Any:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Let PyTorch compose attention and the like of elementary operators."""
+    """Make PyTorch compute attention and transformer layers from elementary operators."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -87,12 +88,12 @@ def plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def fixed_chance(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Draw the same random numbers each time, and leave all generators as they were."""
+def fixed_seeds(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Draw the same random numbers each time, and restore all generators afterwards."""
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=cuda):
-        # Not torch.manual_seed, which would seed every GPU and so outlive the fork.
+        # Not torch.manual_seed: it would seed every GPU, and the fork restores only some.
         for generator in [
             torch.default_generator,
             *(torch.cuda.default_generators[i] for i in cuda),
@@ -110,13 +111,13 @@ def fixed_chance(devices: Iterable[torch.device]) -> Iterator[None]:
 def random_inputs(example_inputs: Any, batch: int, wide: Wide) -> Any:
     """Return inputs of the same structure in wide dtypes.
 
-    Floats that are all equal, or not finite, say nothing, and are replaced by random ones; others
-    are kept, so that a model which needs positive inputs, say, can be given them.
+    Float tensors with equal or non-finite values are replaced by random ones, because they would
+    hide errors. Others are kept: a model may need positive inputs, for example.
 
     Args:
-        example_inputs: a tensor or a nest of tensors and other values.
-        batch: least size of the first axis; smaller examples are repeated along it, and differ.
-        wide: what each dtype is computed in.
+        example_inputs: a tensor, or a nested structure of tensors and other values.
+        batch: minimum size of the first axis; smaller examples are repeated along it with noise.
+        wide: the dtype in which to compute each dtype.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor) and x.ndim]
@@ -152,7 +153,7 @@ def output_tensors(outputs: Any) -> list[Tensor]:
     """Return the tensors of a forward pass's result.
 
     Raises:
-        SpecError: a part of the result cannot be looked into, or there is nothing to compare.
+        SpecError: a part of the result cannot be compared, or there is nothing to compare.
     """
     leaves = tree_leaves(outputs)
     for leaf in leaves:
@@ -163,13 +164,11 @@ def output_tensors(outputs: Any) -> list[Tensor]:
             )
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
-        raise SpecError("the model returns no tensors: give a module that returns its outputs")
+        raise SpecError(
+            "the model returns no tensors: wrap it in a module that returns its outputs"
+        )
     if not any(tensor.numel() for tensor in tensors):
-        raise SpecError("the model returns no values: give example inputs that are not empty")
+        raise SpecError(
+            "the model returns only empty tensors: give example inputs that are not empty"
+        )
     return tensors
-
-
-def in_one_line(text: object, limit: int = 400) -> str:
-    """Return a text without line breaks, cut short."""
-    flat = " ".join(str(text).split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
