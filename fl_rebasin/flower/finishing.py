@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -41,12 +41,14 @@ class Variant:
         arrays: the model.
         costs: what the last step cost.
         applied: whether the last step worked.
+        recalibrate: whether the model needs BatchNorm statistics, since the last step failed.
     """
 
     name: str
     arrays: ArrayRecord
     costs: Costs
     applied: bool = True
+    recalibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Finishing:
     """
 
     steps: Sequence[BoundStep]
-    baseline: Sequence[BoundStep]
+    baseline: BoundStep | None
     needs_models: bool
     keep_all: bool
 
@@ -75,10 +77,10 @@ class Finishing:
             TypeError: an item is not a finishing step.
             ValueError: a step does not fit the architecture.
         """
-        baseline = [BatchNorm()] if steps else []
+        recalibration = _bound([BatchNorm()] if steps else [], model, inputs)
         return cls(
             _bound(steps, model, inputs),
-            _bound(baseline, model, inputs),
+            recalibration[0] if recalibration else None,
             any(step.needs_models for step in steps),
             keep_all,
         )
@@ -88,6 +90,9 @@ class Finishing:
     ) -> tuple[list[Variant], list[Costs]]:
         """Run the steps on an aggregated model.
 
+        A step that does not work, because no client answers, is skipped. If it would have set the
+        BatchNorm statistics, the model gets those of the baseline instead.
+
         Args:
             arrays: the aggregated model.
             clients: the round's clients.
@@ -96,14 +101,31 @@ class Finishing:
         Returns:
             The models to choose from, and what the questions to the clients cost.
         """
-        plain = Variant("", arrays, {})
-        found = list(_after_each(self.steps, plain, clients, number))
-        if not self.keep_all:
-            return (found or [plain])[-1:], [variant.costs for variant in found]
-        if not self.steps or self.steps[0].name != BatchNorm.name:
-            found = [*(list(_after_each(self.baseline, plain, clients, number)) or [plain]), *found]
-        usable = [variant for variant in found if variant.applied or not variant.name]
-        return usable, [variant.costs for variant in found]
+        plain = current = Variant("", arrays, {})
+        fallback: Variant | None = None
+        models: list[Variant] = []
+        costs: list[Costs] = []
+        if self.keep_all and (not self.steps or self.steps[0].name != BatchNorm.name):
+            fallback = self._recalibrated(plain, clients, number)
+            models, costs = [fallback], [fallback.costs]
+        for step in self.steps:
+            after = _after(step, current, clients, number)
+            costs.append(after.costs)
+            if after.applied:
+                current = after
+                models.append(after)
+            elif after.recalibrate and current is plain:
+                if fallback is None:
+                    fallback = self._recalibrated(plain, clients, number)
+                    costs.append(fallback.costs)
+                current = fallback
+        return (models or [plain]) if self.keep_all else [current], costs
+
+    def _recalibrated(self, plain: Variant, clients: RoundClients, number: int) -> Variant:
+        """Return the model with the BatchNorm statistics that it needs, if it needs any."""
+        if self.baseline is None:
+            return plain
+        return _after(self.baseline, plain, clients, number)
 
 
 def _bound(steps: Sequence[FinishingStep], model: nn.Module, inputs: Any) -> list[BoundStep]:
@@ -117,15 +139,6 @@ def _bound(steps: Sequence[FinishingStep], model: nn.Module, inputs: Any) -> lis
     return bound
 
 
-def _after_each(
-    steps: Sequence[BoundStep], variant: Variant, clients: RoundClients, number: int
-) -> Iterator[Variant]:
-    """Yield a model after each of some steps."""
-    for step in steps:
-        variant = _after(step, variant, clients, number)
-        yield variant
-
-
 def _after(step: BoundStep, variant: Variant, clients: RoundClients, number: int) -> Variant:
     """Return a model after one step; unchanged if the result is not finite."""
     state = variant.arrays.to_torch_state_dict()
@@ -134,10 +147,13 @@ def _after(step: BoundStep, variant: Variant, clients: RoundClients, number: int
         log(INFO, "%s", result.report)
     for problem in result.problems:
         log(WARNING, "%s", printable(problem))
-    name = variant.name + ("" if step.name == BatchNorm.name else f"+{step.name}")
-    if result.state_dict is state:
-        return Variant(name, variant.arrays, result.costs, result.applied)
+    if result.state_dict is state or not result.applied:
+        return replace(
+            variant, costs=result.costs, applied=result.applied, recalibrate=result.recalibrate
+        )
     arrays = ArrayRecord(dict(result.state_dict))
     if not is_usable(arrays, number):
-        return Variant(name, variant.arrays, result.costs, applied=False)
-    return Variant(name, arrays, result.costs, result.applied)
+        recalibrate = step.name != BatchNorm.name
+        return replace(variant, costs=result.costs, applied=False, recalibrate=recalibrate)
+    name = variant.name + ("" if step.name == BatchNorm.name else f"+{step.name}")
+    return Variant(name, arrays, result.costs)

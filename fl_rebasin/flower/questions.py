@@ -103,7 +103,8 @@ def ask(
             )
     for node_id in unanswered:
         log(WARNING, "%s of node %s dropped: no answer", question.subject, node_id)
-    return Answers(by_node, Cost(len(by_node), time.perf_counter() - started, size))
+    seconds = time.perf_counter() - started
+    return Answers(by_node, Cost(len(by_node), seconds, size, messages=1 if messages else 0))
 
 
 def tensors_of(content: RecordDict) -> Tensors:

@@ -21,7 +21,8 @@ class Finished:
         costs: what the questions to the clients cost.
         report: one line for the log; empty for none.
         problems: what did not work, one line each.
-        applied: whether the step did what its name says; if not, the model is the fallback.
+        applied: whether the step worked; if not, the model is unchanged.
+        recalibrate: whether the unchanged model still needs BatchNorm statistics.
     """
 
     state_dict: StateDict
@@ -29,6 +30,7 @@ class Finished:
     report: str = ""
     problems: tuple[str, ...] = ()
     applied: bool = True
+    recalibrate: bool = False
 
 
 Finish: TypeAlias = Callable[[StateDict, Clients], Finished]

@@ -73,9 +73,9 @@ class Fit:
         costs = replace(costs, seconds=time.perf_counter() - started)
         count = sum(map(len, self.messages))
         report = f"{self.name}: {done} of {count} layers, {costs.messages} messages"
-        fitted = Finished(merged, {self.name: costs}, report, tuple(problems), applied=bool(done))
+        fitted = Finished(merged, {self.name: costs}, report, tuple(problems))
         if not done and count:
-            return self._without_fit(fitted, clients)
+            return replace(fitted, applied=False, recalibrate=True)
         return self._with_statistics(fitted, current, clients, asked or list(own))
 
     def _targets(self, clients: Clients) -> dict[int, StateDict]:
@@ -108,15 +108,6 @@ class Fit:
             client: Request({**shared, "own": model}, config) for client, model in own.items()
         }
         return clients.ask(self.question, requests, lambda each: read_sums(each, current, steps))
-
-    def _without_fit(self, fitted: Finished, clients: Clients) -> Finished:
-        """Return the average with the statistics that it needs without a fit."""
-        recalibrate = BatchNorm().bind(self.model, None)
-        if recalibrate is None:
-            return fitted
-        recalibrated = recalibrate(fitted.state_dict, clients)
-        costs = total_costs([fitted.costs, recalibrated.costs])
-        return replace(fitted, state_dict=recalibrated.state_dict, costs=costs)
 
     def _with_statistics(
         self, fitted: Finished, current: nn.Module, clients: Clients, asked: Sequence[int]
