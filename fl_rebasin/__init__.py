@@ -1,7 +1,7 @@
 """Permutation-aligned model merging for federated learning with Flower.
 
-`ReBasinStrategy` and the other names that need Flower are in `fl_rebasin.flower`, and offered
-here too; they are imported on first use, so that the core works without Flower.
+Names that need Flower are in `fl_rebasin.flower`. Of these, `ReBasinStrategy` is available here
+too; it is imported on first use, so that the core works without Flower.
 """
 
 from typing import TYPE_CHECKING, Any

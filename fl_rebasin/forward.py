@@ -18,7 +18,8 @@ Hook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], No
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, and restore the mode of every module afterwards.
 
-    The fast path of transformers is off: it skips their layers or feeds them nested tensors.
+    PyTorch's fast path for transformers is off: it skips their submodules, or feeds them nested
+    tensors.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -83,9 +83,16 @@ def weighted_mean(values: Iterable[Tensor], shares: Sequence[float], first: Tens
 
 
 def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -> dict[str, Tensor]:
-    """Return the weighted mean of state dicts with equal keys and shapes.
+    """Return the weighted mean of state dicts, `sum_i w_i theta_i / sum_i w_i`, key by key.
 
     Sums run in float64. Dtypes are kept; integers are rounded.
+
+    Args:
+        state_dicts: state dicts with equal keys and shapes, at least one.
+        weights: one weight for each, on any scale; None for equal weights.
+
+    Raises:
+        ValueError: there are no models, or the weights are invalid.
     """
     shares = normalised(weights, len(state_dicts))
     merged = {}

@@ -35,7 +35,7 @@ def folder_of(file: str) -> str:
 
 
 def arrows_of(file: str) -> set[tuple[str, str]]:
-    """The arrows between rooms (folders, or files beside them) that a file needs."""
+    """The arrows between parts (folders, or files beside them) that a file needs."""
     found = {n.split(".")[1] for n in imports(ROOT / file) if n.startswith("fl_rebasin.")}
     return {(folder_of(file), name) for name in found - {folder_of(file)}}
 

@@ -1,4 +1,4 @@
-"""The wrapped strategy aggregates: its result is checked, its state kept or undone as a whole."""
+"""Aggregation by the wrapped strategy: checks its result, and keeps or restores all its state."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ Aggregate: TypeAlias = tuple[ArrayRecord | None, MetricRecord | None]
 def aggregate(
     strategy: Strategy, global_model: ArrayRecord, server_round: int, replies: Iterable[Message]
 ) -> Aggregate:
-    """Let a strategy aggregate; if the result is not finite, undo what it did to the strategy.
+    """Let a strategy aggregate; if the result is not finite, restore the strategy's state.
 
     Args:
         strategy: the strategy.
         global_model: the model before the round, for key order and dtypes.
         server_round: number of the round.
         replies: the clients' replies.
+
+    Returns:
+        The model in the keys and dtypes of the global one, None if there is no finite one; and the
+        strategy's metrics.
+
+    Raises:
+        ValueError: the strategy changed the model's keys.
     """
     # Flower's strategies bind new values to their attributes and do not write into old ones.
     before = [dict(vars(each)) for each in levels(strategy)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO
 from numbers import Real
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -18,6 +18,7 @@ from torch import nn
 from fl_rebasin.flower.questions import ask
 from fl_rebasin.flower.replies import ClientModel
 from fl_rebasin.flower.round import Round
+from fl_rebasin.forward import inputs_and_labels
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.many import (
     Alignment,
@@ -69,10 +70,15 @@ class WeightMatching:
     """Matches units by their weights, on the server.
 
     Attributes:
-        to: `"others"` aligns the models to one another (MergeMany), wherever they lie, and the
-            result to the unit order of the global model. `"global"` aligns each model to the global
-            model alone, for rounds that go on from a trained model: no client has a say in how
-            another one is aligned, and the server needs to hold one model at a time.
+        to: `"others"` aligns the models to one another (MergeMany): it maximises
+            `sum_{i<j} w_i w_j <p_i(theta_i), p_j(theta_j)>`, then restores the unit order of the
+            global model. `"global"` aligns each model to the global model alone: it maximises
+            `<theta_global, p_i(theta_i)>`. This suits rounds that continue from a trained model: no
+            client affects how another one is aligned, and the server needs to hold only one model
+            at a time.
+
+    Raises:
+        ValueError: `to` is neither.
 
     Source: Git Re-Basin, sections 3.2 and 4 (Algorithms 1 and 3).
     """
@@ -110,7 +116,7 @@ class ActivationMatching:
     the clients are not asked.
 
     Attributes:
-        then_weights: let weight matching of all models go on from there.
+        then_weights: refine the result by weight matching of all models.
 
     Source: Git Re-Basin, section 3.1.
     """
@@ -140,7 +146,10 @@ class StraightThrough:
 
     Attributes:
         epochs: passes over the client's batches.
-        learning_rate: step size of Adam.
+        learning_rate: learning rate of Adam.
+
+    Raises:
+        ValueError: an option is out of range.
 
     Source: Git Re-Basin, section 3.3 (Algorithm 2).
     """
@@ -223,7 +232,7 @@ def _measured(
     metrics: Metrics,
     started: float,
 ) -> Aligned:
-    """Add to the metrics of an alignment what it did, and log it in one line."""
+    """Add what an alignment did to its metrics, and log it in one line."""
     units = sum(permutation.moved for permutation in permutations)
     margin = metrics.get("rebasin-margin", 0.0)
     summary = f"nothing to do, margin {margin:.1f}"
@@ -284,9 +293,6 @@ def _match_on_clients(
     return permutations, answers.cost.metrics("matching")
 
 
-ClientMethod = Literal["activations", "straight-through"]
-
-
 def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
     """Return the permutation that matches the client's model to the reference."""
     config, states = request.config, request.states
@@ -297,8 +303,8 @@ def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tenso
         match = match_activations(spec, model, reference, own, batches)
     elif method == "straight-through":
         pairs = list(batches)
-        if pairs and not (isinstance(pairs[0], (tuple, list)) and len(pairs[0]) == 2):
-            raise ValueError("straight-through matching needs batches of inputs and labels")
+        for pair in pairs:
+            inputs_and_labels(pair, "straight-through matching")
         start = match_activations(spec, model, reference, own, pairs).permutation
         match = match_straight_through(
             spec,
@@ -311,7 +317,7 @@ def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tenso
             start=start,
         )
     else:
-        raise ValueError(f"unknown method {method!r}: use one of {get_args(ClientMethod)}")
+        raise ValueError(f"unknown method {method!r}: use activations or straight-through")
     return dict(match.permutation.indices)
 
 

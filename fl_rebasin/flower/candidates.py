@@ -58,7 +58,7 @@ def form_candidates(
     Returns:
         The candidates by name, and what the questions to the clients cost.
     """
-    nodes = RoundClients(current.grid, {client.node: client.reply for client in clients})
+    round_clients = RoundClients(current.grid, {client.node: client.reply for client in clients})
     candidates: dict[str, Candidate] = {}
     costs: list[Costs] = []
     for place, (name, permutations) in enumerate(alignments.items(), 1):
@@ -73,7 +73,9 @@ def form_candidates(
         if arrays is None:
             candidates[name] = Candidate(None, metrics, trial)
             continue
-        found, spent = finishing.apply(arrays, replace(nodes, models=models), current.number)
+        found, spent = finishing.apply(
+            arrays, replace(round_clients, models=models), current.number
+        )
         costs += spent
         for variant in found:
             candidates[name + variant.name] = Candidate(variant.arrays, metrics, trial)

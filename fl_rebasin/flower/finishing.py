@@ -1,4 +1,4 @@
-"""What the finishing steps make of one aggregated model."""
+"""Runs the finishing steps on one aggregated model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BoundStep:
 
     Attributes:
         name: name of the step.
-        finish: does it.
+        finish: runs the step.
     """
 
     name: str
@@ -34,7 +34,7 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model on its way through the finishing steps.
+    """A model after some of the finishing steps.
 
     Attributes:
         name: the steps that it has been through, `+NAME` each; BatchNorm statistics are not named.
@@ -59,7 +59,7 @@ class Finishing:
         steps: the steps in order; those without anything to do for the architecture are left out.
         baseline: what an aggregated model needs without these steps: BatchNorm statistics, if any.
         needs_models: whether a step needs the clients' aligned models.
-        keep_all: whether all models on the way may be chosen, or only the last one.
+        keep_all: whether to return the model after each step, or only the last one.
     """
 
     steps: Sequence[BoundStep]

@@ -24,6 +24,7 @@ from fl_rebasin.merging.clients import Question, Request, Tensors
 from fl_rebasin.symmetry.spec import Permutation
 
 MAX_COUNT = 10**15
+"""More examples than any client can hold back: an answer above it is invalid."""
 TEMPERATURES = tuple(2 ** (place / 2) for place in range(-6, 9))
 """Divisors of the logits: a model is judged at the temperature that suits it best."""
 MAX_LOSS = 1e6
@@ -76,7 +77,11 @@ class Guard:
         Args:
             grid: the ServerApp's grid.
             nodes: the clients to ask.
-            candidates: state dicts by name; the first one wins a tie, and if no client answers.
+            candidates: models by name; the first one wins a tie, and if no client answers.
+
+        Returns:
+            The candidate with the lowest loss `sum_i n_i loss_i / sum_i n_i`, where client `i` has
+            `n_i` held-back examples.
         """
         names = list(candidates)
         if len(names) == 1:
@@ -132,6 +137,8 @@ LOSSES = Question("guard", "evaluation of candidates", _answer, held_back=True)
 def _mean_loss(model: nn.Module, pairs: Sequence[tuple[Any, Any]]) -> tuple[int, float]:
     """Return the number of examples and their mean cross-entropy at the best temperature.
 
+    With logits z_k and labels y_k:  min over T of  1/n sum_k CE(z_k / T, y_k).
+
     A merged model is less confident than one that is fitted, whichever classes they prefer. One
     number corrects the confidence (Guo et al., On Calibration of Modern Neural Networks, ICML
     2017), and so does every further round of training.
@@ -169,7 +176,7 @@ def _read(tensors: Tensors, candidates: int) -> Scores:
     found = [float(loss) for loss in losses]
     if bad := [loss for loss in found if loss < 0]:
         raise ValueError(f"a loss of {bad[0]} is impossible")
-    # A candidate that diverges on one client is out, not the client; written so that NaN is too.
+    # A loss that is too large rules out the candidate, not the client. Written so that NaN fails.
     found = [loss if loss <= MAX_LOSS else float("inf") for loss in found]
     if min(found) == float("inf"):
         raise ValueError("none of its losses is finite")

@@ -30,7 +30,8 @@ def add_rebasin_handlers(
         app: the ClientApp; gets a query handler for each question.
         load: returns a module of the architecture, whose weights are overwritten, and batches of
             the client's inputs: tensors, or pairs of inputs and labels (which only
-            straight-through matching needs).
+            straight-through matching needs). The module is called with the inputs as its only
+            argument.
         load_held_back: the same with batches of inputs and labels that training leaves out; only
             the guard needs it.
         more: questions of finishing steps of your own.

@@ -41,7 +41,7 @@ class LazyGrid(Grid):
     def _pulled(self, message_ids: list[str], timeout: float | None) -> Iterator[Message]:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
-            # Decided before the poll: the caller may work on a reply for long, while others arrive.
+            # Checked before the poll: replies that arrived while the caller was busy still count.
             last = time.monotonic() >= end
             for message_id in list(message_ids):
                 try:
@@ -49,7 +49,7 @@ class LazyGrid(Grid):
                 except (TypeError, ValueError, LookupError, AssertionError) as error:
                     # Flower raises these for a reply that it cannot parse; the others still can
                     # be pulled.
-                    log(WARNING, "a reply dropped: it cannot be parsed: %s", reason(error))
+                    log(WARNING, "a reply is dropped: it cannot be parsed: %s", reason(error))
                     message_ids.remove(message_id)
                     continue
                 if replies:

@@ -18,7 +18,7 @@ MAX_EXAMPLES = 1e15
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that a reply must keep, checked when they are made.
+    """Limits that replies must respect.
 
     Attributes:
         min_replies: with fewer valid replies the global model stays unchanged.
@@ -27,7 +27,7 @@ class Limits:
             (Euclidean norm over all floating-point tensors); None for no limit.
 
     Raises:
-        ValueError: a limit that no reply could keep.
+        ValueError: a limit is not a number, or is out of range.
     """
 
     min_replies: int = 1
@@ -54,8 +54,8 @@ def update_norm(
 ) -> float:
     """Return the distance of a model from the global one, over all floating-point tensors.
 
-    Without a permutation it is a lower bound for every permutation: none changes the length of a
-    tensor, and |a - b| >= ||a| - |b||.
+    With a permutation p that is `|p(theta) - theta_global|`. Without one it is a lower bound for
+    every permutation: none changes the length of a tensor, and |a - b| >= ||a| - |b||.
 
     Args:
         spec: spec of both models.

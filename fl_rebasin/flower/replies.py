@@ -1,4 +1,4 @@
-"""Reads clients' replies: checks each one before it is used, and builds the ones to hand on."""
+"""Reads clients' replies: checks each one, and rebuilds those that the wrapped strategy gets."""
 
 from __future__ import annotations
 

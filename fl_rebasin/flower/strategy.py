@@ -40,10 +40,10 @@ from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 class ReBasinStrategy(WrappedStrategy):
     """Aligns the hidden units of the clients' models, then lets any strategy aggregate them.
 
-    Each round the replies are permuted into one basin, ordered as the global model's units are, and
-    handed on to the wrapped strategy, with the global model's key order. Then the finishing steps
-    work on the aggregated model. Clients answer the questions of some options after
-    `add_rebasin_handlers`. Where no unit moves, they are not asked about alignment.
+    Each round it permutes the replies into one basin, in the global model's unit order and key
+    order, and hands them to the wrapped strategy. Then the finishing steps work on the aggregated
+    model. Some options ask the clients questions, which they answer after `add_rebasin_handlers`.
+    If no unit moves, they are not asked about alignment.
 
     Finishing steps use the clients' own models: clipping, noise or a median of the wrapped strategy
     does not cover what they add.
@@ -67,14 +67,18 @@ class ReBasinStrategy(WrappedStrategy):
         TypeError: an option is of the wrong kind.
         ValueError: an option does not fit the model or the wrapped strategy.
 
-    Aggregated training metrics gain `rebasin-margin`: a factor by which the clients' distances from
-    the global model could grow without any unit having to move, smallest over all groups (1 or more
-    proves that alignment changes nothing, and none is computed); `rebasin-similarity-before` and
-    `rebasin-similarity-after` (weighted mean cosine of the clients' models to their mean, where the
-    margin is below 1); `rebasin-units-moved`, `rebasin-sweeps`, `rebasin-seconds`,
-    `rebasin-dropped` (invalid replies). Each question X to the clients adds `X-clients`,
-    `X-seconds`, `X-bytes` and `X-messages`; X is `matching`, `guard` or the name of a finishing
-    step. `guard-loss-NAME` is the held-back loss of each candidate.
+    Aggregated training metrics gain:
+
+    - `rebasin-dropped`: number of invalid replies;
+    - `rebasin-units-moved` and `rebasin-seconds`, unless `align` is None;
+    - `rebasin-margin` and `rebasin-sweeps`, if the models are aligned to one another: the margin is
+      a factor by which the clients' distances from the global model could grow without any unit
+      having to move, smallest over all groups. 1 or more proves that alignment changes nothing;
+    - `rebasin-similarity-before` and `rebasin-similarity-after`, unless the margin is at least 1 or
+      the server holds one model at a time: weighted mean cosine of the models to their mean;
+    - `X-clients`, `X-seconds`, `X-bytes` and `X-messages` for each question X to the clients:
+      `matching`, `guard` or the name of a finishing step;
+    - `guard-loss-NAME`: the held-back loss of each candidate.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin (ICLR 2023), Algorithms 1 to 3.
 
@@ -214,7 +218,7 @@ class ReBasinStrategy(WrappedStrategy):
         """Read the replies, and align those that are within the limits."""
         clients = list(inbox.read(replies))
         clients = inbox.kept(clients, have_usual_records([client.reply for client in clients]))
-        # A model that is too far away in any unit order has no say in how others are aligned.
+        # A model that is too far away in every unit order must not affect how others are aligned.
         clients = inbox.kept(clients, [self._is_near(current, client, None) for client in clients])
         if len(clients) < self.limits.min_replies:
             return clients, Aligned([])
@@ -261,8 +265,8 @@ class ReBasinStrategy(WrappedStrategy):
         arrays, _ = aggregate(self.strategy, current.arrays, current.number, replies)
         if arrays is None:
             return None, metrics
-        nodes = RoundClients(current.grid, mean.replies)
-        (variant,), costs = self._finishing.apply(arrays, nodes, current.number)
+        round_clients = RoundClients(current.grid, mean.replies)
+        (variant,), costs = self._finishing.apply(arrays, round_clients, current.number)
         return variant.arrays, MetricRecord({**metrics, **own, **_as_metrics(costs)})
 
     def _no_result(self, current: Round, inbox: Inbox, count: int) -> Aggregate:

@@ -23,8 +23,8 @@ class WrappedStrategy(Strategy):
         TypeError: `strategy` is not an instance of a Flower strategy.
 
     Attributes:
-        transient: names of the attributes that `configure_train` sets in each round. Checkpoints
-            leave them out.
+        transient: names of the attributes that checkpoints leave out, because `__init__` or
+            `configure_train` sets them anew.
 
     Example:
         >>> class Shouting(WrappedStrategy):

@@ -207,7 +207,7 @@ def _match(
     groups: Collection[str] | None = None,
     limit: int = MAX_SWEEPS,
 ) -> tuple[Permutation, int]:
-    """Match weights to a target; the matcher and its copy of the weights are released."""
+    """Match weights to a target; releases the matcher and its copy of the weights."""
     matcher, sweeps = best_match(
         models.spec, target, weights, groups=groups, precision=models.precision, sweeps=limit
     )

@@ -27,6 +27,7 @@ from fl_rebasin.state_dicts import StateDict, with_weights
 from fl_rebasin.symmetry.spec import Permutation, PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
+"""Maps outputs and labels to a scalar."""
 
 
 def match_straight_through(

@@ -28,7 +28,7 @@ class Match:
         permutation: moves the units of `other` to those of `reference`.
         similarity: cosine between the learnable parameters of both models after the match.
         similarity_before: the same before the match.
-        sweeps: number of sweeps over all groups.
+        sweeps: number of sweeps over all groups; 0 for activation matching, which does not count.
     """
 
     permutation: Permutation

@@ -36,7 +36,7 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @contextmanager
 def _observing(model: nn.Module, frozen: bool) -> Iterator[None]:
-    """Switch to evaluation mode, BatchNorm to training mode unless frozen; restore all later."""
+    """Switch to evaluation mode, BatchNorm to training mode unless frozen; undo it afterwards."""
     layers = batchnorm_layers(model)
     buffers = {name: copy.deepcopy(dict(layer.named_buffers())) for name, layer in layers.items()}
     with evaluating(model):
@@ -126,7 +126,7 @@ def unbiased_variance(moments: Moments) -> Tensor:
 
 
 def write_norm(state_dict: StateDict, layer: str, **values: Tensor) -> dict[str, Tensor]:
-    """Return a state dict with other tensors in one normalisation layer.
+    """Return a state dict with new tensors in one normalisation layer.
 
     Args:
         state_dict: the state dict; not changed.
@@ -143,7 +143,7 @@ def write_norm(state_dict: StateDict, layer: str, **values: Tensor) -> dict[str,
 
 
 def with_statistics(state_dict: StateDict, statistics: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return a state dict with other running statistics."""
+    """Return a state dict with new running statistics, the variances divided by `count - 1`."""
     new = dict(state_dict)
     for name, moments in statistics.items():
         variance = unbiased_variance(moments)
@@ -154,9 +154,13 @@ def with_statistics(state_dict: StateDict, statistics: Mapping[str, Moments]) ->
 def recentred(model: nn.Module, statistics: Mapping[str, Moments]) -> dict[str, Tensor]:
     """Return a state dict of the same function whose running statistics are those given.
 
-    Scale and shift make up for the difference. Training can go on from the result: there the
-    layers normalise by their batches, which the new statistics describe. Layers without
-    statistics, and units that never vary, are unchanged.
+    Scale and shift compensate for the change from mean m and variance v to m' and v':
+
+        weight' = weight * sqrt((v' + eps) / (v + eps))
+        bias' = bias + weight * (m' - m) / sqrt(v + eps)
+
+    Training can go on from the result: there the layers normalise by their batches, which the new
+    statistics describe. Layers without statistics, and units that never vary, are unchanged.
 
     Args:
         model: the model; not changed.
@@ -286,7 +290,10 @@ def ask_statistics(
         merged: the model's state dict.
         clients: the clients of the round.
         ids: which of them to ask.
-        frozen: take the statistics in evaluation mode.
+        frozen: normalise by the running statistics, as in evaluation.
+
+    Returns:
+        For each client the moments of each layer.
     """
     channels = {name: layer.num_features for name, layer in batchnorm_layers(model).items()}
     request = Request({"merged": merged}, {"frozen": frozen})

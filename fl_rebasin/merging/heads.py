@@ -1,4 +1,4 @@
-"""Last layers that know the labels: each class is decided by the models that have seen it."""
+"""Label counts in the last layer: each class is decided by the models that have seen it."""
 
 from __future__ import annotations
 
@@ -107,10 +107,13 @@ def class_aware_head(
     """Return the merged model with the rows of its last layer averaged by class counts.
 
     With n_ic the examples of class c that model i has seen, row c of the weight is
-    sum_i n_ic W_ic / sum_i n_ic. A class without examples keeps the merged row. Each bias first
-    loses the log of its model's label prior (one example is added to each class), and the mean
-    gains that of all models together: a model must not vote against a class just because it has
-    seen few examples.
+    sum_i n_ic W_ic / sum_i n_ic, and with label priors p_i and p_all (one example is added to each
+    class) entry c of the bias is
+
+        sum_i n_ic (b_ic - log p_i(c)) / sum_i n_ic + log p_all(c)
+
+    so that a model does not vote against a class just because it has seen few examples. A class
+    without examples keeps the merged row and bias.
 
     Args:
         merged: the merged model; not changed.
@@ -164,7 +167,7 @@ class ClassAwareHead:
     """Finishing step: averages the rows of the last layer by the clients' label counts.
 
     It asks the clients nothing: they report the counts in a metric of their training reply. Clients
-    without valid counts have no say in the last layer. See `class_aware_head`.
+    without valid counts do not affect the last layer. See `class_aware_head`.
 
     Attributes:
         label_counts: name of the metric that lists the client's training examples of each class.

@@ -114,7 +114,7 @@ class SelfCheck:
 
 
 def _draws(spec: PermutationSpec) -> Iterator[Permutation]:
-    """Yield random permutations that move every group: a small one may be drawn unmoved."""
+    """Yield random permutations; a group that the draw leaves in place is shifted by one."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(DRAWS):
         drawn = spec.random(generator)

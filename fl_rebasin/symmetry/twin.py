@@ -1,4 +1,4 @@
-"""The twin: a private double-precision copy of a model, each run of which starts equally.
+"""The twin: a private double-precision copy of a model that starts each run from equal values.
 
 The model itself is not changed.
 """
@@ -81,7 +81,7 @@ class Twin:
         gradients: whether runs record gradients, which few forward passes need.
 
     Raises:
-        SpecError: the model cannot be copied, or its state dict holds something else than tensors.
+        SpecError: the model cannot be copied, or its state dict holds anything but tensors.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, wide: Wide = DOUBLE) -> None:

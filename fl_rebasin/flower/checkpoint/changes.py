@@ -1,4 +1,4 @@
-"""What a run changes in its strategies and configs, of whatever kind they are."""
+"""Finds what a run changes in its strategies and configs."""
 
 from __future__ import annotations
 

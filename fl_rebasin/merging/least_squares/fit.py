@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from fl_rebasin.merging.least_squares.steps import (
     steps_to_json,
 )
 from fl_rebasin.merging.least_squares.sums import LAYER_SUMS, read_sums
-from fl_rebasin.state_dicts import StateDict, like
+from fl_rebasin.state_dicts import StateDict, like, with_weights
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class Fit:
     def __call__(self, merged: StateDict, clients: Clients) -> Finished:
         """Fit the merged model to the clients' models."""
         started = time.perf_counter()
-        current = loaded(self.model, merged)
+        current = with_weights(self.model, merged).eval()
         own = self._targets(clients)
         asked, done, costs, problems = list(own), 0, Cost(len(own), 0.0, 0, 0), []
         for steps in self.messages if asked else ():
             answers = self._ask(current, {client: own[client] for client in asked}, steps, clients)
             costs += answers.cost
-            # A client that fails once is not asked again: a silent one costs the timeout each time.
+            # A client that fails once is not asked again: waiting for it costs the timeout.
             asked = list(answers.by_client)
             if not asked:
                 break
@@ -122,10 +121,3 @@ class Fit:
                 found = recentred(current, pool_statistics(answers.by_client.values()))
                 state = {key: found[key] for key in state}
         return replace(fitted, state_dict=like(fitted.state_dict, state), costs=costs)
-
-
-def loaded(model: nn.Module, state_dict: StateDict) -> nn.Module:
-    """Return a copy of a module, in evaluation mode, with other weights."""
-    runner = copy.deepcopy(model).eval()
-    runner.load_state_dict(state_dict)
-    return runner

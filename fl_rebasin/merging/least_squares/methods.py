@@ -21,7 +21,7 @@ from fl_rebasin.merging.clients import (
 )
 from fl_rebasin.merging.finishing_step import Finish
 from fl_rebasin.merging.heads import check_metric_name, last_layer
-from fl_rebasin.merging.least_squares.fit import Fit, loaded
+from fl_rebasin.merging.least_squares.fit import Fit
 from fl_rebasin.merging.least_squares.plan import MAX_FEATURES, plan
 from fl_rebasin.merging.least_squares.steps import (
     RIDGE,
@@ -29,7 +29,7 @@ from fl_rebasin.merging.least_squares.steps import (
     Step,
 )
 from fl_rebasin.merging.least_squares.sums import LAYER_SUMS, REGMEAN_SUMS
-from fl_rebasin.state_dicts import StateDict, like
+from fl_rebasin.state_dicts import StateDict, like, with_weights
 
 
 def _check_fit_options(max_features: int, ridge: float, label_counts: str | None) -> None:
@@ -46,18 +46,26 @@ def _check_fit_options(max_features: int, ridge: float, label_counts: str | None
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Finishing step: layerwise least squares on what the merged model sees, a message a layer.
+    """Finishing step: layerwise least squares on what the merged model sees, one message a layer.
 
-    Layer by layer, the merged weights W minimise the sum over clients of |X W - T|^2: X is what
-    the layer of the merged model sees on a client's data, T what the client's own aligned layer
-    gives there after its BatchNorm. Each unit is then scaled to vary as much as T does.
+    Layer by layer, the merged weights W minimise
+
+        sum over clients of |X W - T|^2, plus r |W - W_merged|^2,  r = ridge * mean(diag(X^T X))
+
+    where X is what the layer of the merged model sees on a client's data, and T what the client's
+    own aligned layer gives there after its BatchNorm. Each unit is then scaled to vary as much as T
+    does.
 
     Attributes:
-        max_features: inputs of a unit, plus one, up to which a layer is fitted; larger and grouped
-            layers are rescaled to the models' own mean and deviation (REPAIR).
+        max_features: largest number of inputs of a unit, bias included, for which a layer is
+            fitted; larger and grouped layers are rescaled to the models' own mean and deviation
+            (REPAIR).
         ridge: pull towards the merged weights, as a share of the inputs' mean square.
-        label_counts: name of the metric that lists a client's training examples of each class;
-            given, the clients' models lose their label priors first.
+        label_counts: name of the metric that lists a client's training examples of each class; if
+            given, the label priors of the clients' models are removed first.
+
+    Raises:
+        ValueError: an option is out of range.
 
     Source: Nasery et al., PLeaS (CVPR 2025).
     """
@@ -73,7 +81,7 @@ class LeastSquares:
         _check_fit_options(self.max_features, self.ridge, self.label_counts)
 
     def messages(self, model: nn.Module, inputs: Any) -> list[list[Step]]:
-        """Return the steps of each message: one."""
+        """Return the steps of each message: one step."""
         return [[step] for step in plan(model, inputs, self.max_features, self.ridge)]
 
     def bind(self, model: nn.Module, example_inputs: Any) -> Finish | None:
@@ -85,12 +93,19 @@ class LeastSquares:
 class RegMean:
     """Finishing step: least squares on what the clients' own models see, in one message.
 
-    Layers with more than `max_features` inputs a unit keep the average.
+    The same as `LeastSquares`, but with the inputs X_i of each client's own layer W_i, so that
+    T_i = X_i W_i:
+
+        W = (sum_i X_i^T X_i + r I)^-1 (sum_i X_i^T X_i W_i + r W_merged)
 
     Attributes:
-        max_features: inputs of a unit, plus one, up to which a layer is fitted.
+        max_features: largest number of inputs of a unit, bias included, for which a layer is
+            fitted; larger and grouped layers keep the average.
         ridge: pull towards the merged weights, as a share of the inputs' mean square.
         label_counts: as for `LeastSquares`.
+
+    Raises:
+        ValueError: an option is out of range.
 
     Source: Jin et al., RegMean (ICLR 2023).
     """
@@ -120,8 +135,14 @@ class RegMean:
 class Repair:
     """Finishing step: gives each unit the mean and deviation that it has in the models (REPAIR).
 
+    With mean m and deviation s of the merged unit, and M and S those of the models' own units
+    averaged over clients: w <- w S / s and b <- M + (b - m) S / s.
+
     Attributes:
         label_counts: as for `LeastSquares`.
+
+    Raises:
+        ValueError: `label_counts` cannot be the name of a metric.
 
     Source: Jordan et al., REPAIR (ICLR 2023).
     """
@@ -136,7 +157,7 @@ class Repair:
             check_metric_name(self.label_counts)
 
     def messages(self, model: nn.Module, inputs: Any) -> list[list[Step]]:
-        """Return the steps of each message: one."""
+        """Return the steps of each message: one step."""
         return [[step] for step in plan(model, inputs, max_features=0)]
 
     def bind(self, model: nn.Module, example_inputs: Any) -> Finish | None:
@@ -155,7 +176,7 @@ def _fit_of(method: FitMethod, model: nn.Module, inputs: Any) -> Fit:
 
 
 def _bound(method: FitMethod, model: nn.Module, inputs: Any) -> Finish | None:
-    """Return a method for a model; without a layer to fit, BatchNorm's statistics remain to do."""
+    """Return a method for a model; if it has no layer to fit, re-estimate BatchNorm statistics."""
     fit = _fit_of(method, model, inputs)
     return fit if fit.messages else BatchNorm().bind(model, inputs)
 
@@ -203,7 +224,7 @@ def fit_least_squares(
         raise ValueError("no batch to fit the merged model on")
     method = LeastSquares() if method is None else method
     example = inputs_of(next(iter(data[0])))
-    fit = _fit_of(method, loaded(model, merged), (example,))
+    fit = _fit_of(method, with_weights(model, merged), (example,))
     finished = fit(merged, LocalClients(model, state_dicts, data))
     if finished.problems:
         raise ValueError("; ".join(finished.problems))

@@ -20,7 +20,7 @@ from fl_rebasin.forward import call, evaluating
 from fl_rebasin.merging.least_squares.steps import RIDGE, FitStep, NormStep, RescaleStep, Step
 
 MAX_FEATURES = 2500
-"""Inputs of a unit above which a layer is rescaled instead of fitted: the sums are square."""
+"""Default limit on the inputs of a unit, bias included: X^T X has the square of that in entries."""
 
 TRANSPARENT = (nn.Linear, _ConvNd, _BatchNorm, _MaxPoolNd, nn.Identity, nn.Dropout)
 """Modules that are watched: those that are set, and those between a layer and its norm."""
@@ -136,8 +136,8 @@ def plan(
     Args:
         model: a module of the architecture; not changed.
         inputs: a batch, or a tuple of positional or a dict of keyword arguments.
-        max_features: inputs of a unit, plus one, up to which a layer is fitted; larger layers are
-            rescaled, and so are all layers with 0.
+        max_features: largest number of inputs of a unit, bias included, for which a layer is
+            fitted; larger layers are rescaled, so 0 rescales all of them.
         ridge: pull of the fits towards the merged weights.
     """
     flow = _Dataflow()

@@ -50,7 +50,7 @@ class FitStep:
     With X the rows that the merged layer sees and T what the models' own layers give after their
     norm, the folded weight and bias W minimise, over all clients,
 
-        sum |X W - T|^2 + ridge * mean(X^2) * |W - W_merged|^2,
+        sum |X W - T|^2 + r |W - W_merged|^2,    r = ridge * mean(diag(X^T X)),
 
     so that W = (X^T X + r I)^-1 (X^T T + r W_merged).
 
@@ -143,8 +143,12 @@ def _products(rows: Tensor, targets: Tensor) -> Sums:
 def _scaled_to_targets(weight: Tensor, bias: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
     """Scale each unit about its mean, so that its outputs vary as much as the targets.
 
-    An imperfect fit varies less. With only its mean right, a ReLU would cut off another share of it
-    than of the models' own units.
+    With the mean x of the inputs and the targets t of a unit:
+
+        factor = sqrt(Var(t) / Var(w x)),    w' = factor * w,    b' = b + (w - w') x
+
+    An imperfect fit varies less. If only its mean were right, a ReLU would cut off a different
+    share of it than of the models' own units.
     """
     rows = sums["gram"][-1, -1]
     mean = sums["gram"][-1, :-1] / rows
@@ -213,6 +217,10 @@ class RescaleStep:
 @dataclass(frozen=True)
 class NormStep:
     """A BatchNorm that follows no layer, set so that its outputs vary as the models' own do.
+
+    With mean m and deviation s of the merged norm's inputs, and M and S those of the own norms'
+    outputs averaged over clients: running mean m, running variance s^2, bias M, and weight
+    S sqrt(1 + eps / s^2) with the sign of the old one.
 
     Attributes:
         layer: name of the norm.
@@ -285,8 +293,8 @@ def _moment_shapes(units: int) -> Shapes:
 def _moment_sums(layer: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Sums:
     """Return mean and deviation of two sets of values, each times the number of samples.
 
-    The deviation is that within one client: the means of clients differ, but that is not a spread
-    that any model shows.
+    The deviation is that within one client: the means of clients differ too, but no single model
+    shows that difference.
 
     Args:
         layer: name of the layer, for errors.
