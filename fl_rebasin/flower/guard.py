@@ -49,8 +49,8 @@ class Guard:
     """Forms several models, and lets the round's clients choose one on data that they held back.
 
     The candidates are the plain average, the aligned average and the average of the models aligned
-    to the client with the most examples; each with BatchNorm statistics re-estimated, and after
-    each finishing step. The best example-weighted loss wins, each candidate at the temperature that
+    to the client with the most examples; each with BatchNorm statistics re-estimated (unless there
+    are no finishing steps), and after each finishing step. The best example-weighted loss wins, each candidate at the temperature that
     suits it best. The wrapped strategy aggregates once for each candidate, and keeps the state that
     belongs to the best.
     """
