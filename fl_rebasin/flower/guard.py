@@ -50,9 +50,9 @@ class Guard:
 
     The candidates are the plain average, the aligned average and the average of the models aligned
     to the client with the most examples; each with BatchNorm statistics re-estimated (unless there
-    are no finishing steps), and after each finishing step. The best example-weighted loss wins, each candidate at the temperature that
-    suits it best. The wrapped strategy aggregates once for each candidate, and keeps the state that
-    belongs to the best.
+    are no finishing steps), and after each finishing step. The best example-weighted loss wins,
+    each candidate at the temperature that suits it best. The wrapped strategy aggregates once
+    for each candidate, and keeps the state that belongs to the best.
     """
 
     def alignments(
