@@ -63,6 +63,11 @@ def inputs_and_labels(batch: Any, purpose: str) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument that a module was called with, positional or not."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @contextmanager
 def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Register forward hooks, and remove them afterwards.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fl_rebasin.state_dicts import StateDict, interpolate
 
-LAMBDAS = 25
+POINTS = 25
 """Default number of points on the line between two models, endpoints included."""
 
 
@@ -65,7 +65,7 @@ def barrier(
     loss: Callable[[Mapping[str, Tensor]], float],
     left: StateDict,
     right: StateDict,
-    points: int = LAMBDAS,
+    points: int = POINTS,
 ) -> Barrier:
     """Measure the loss barrier between two models.
 

@@ -69,17 +69,19 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def weighted_mean(values: Iterable[Tensor], shares: Sequence[float], first: Tensor) -> Tensor:
-    """Return the weighted mean of tensors, summed in float64.
+    """Return the weighted mean of tensors, summed in float64, or complex128 if they are complex.
 
     Args:
         values: tensors of equal shape; each is released before the next one is requested.
         shares: their weights, which sum to 1.
         first: a tensor with the shape, dtype and device of the result; integers are rounded.
     """
-    total = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    total = torch.zeros(first.shape, dtype=wide, device=first.device)
     for share, value in zip(shares, values, strict=True):
-        total.add_(value.detach().double(), alpha=share)
-    return (total if first.is_floating_point() else total.round()).to(first.dtype)
+        total.add_(value.detach().to(wide), alpha=share)
+    exact = not (first.is_floating_point() or first.is_complex())
+    return (total.round() if exact else total).to(first.dtype)
 
 
 def average(state_dicts: Sequence[StateDict], weights: Sequence[float] | None) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_rebasin import barrier
+from fl_rebasin import barrier, interpolate
 from fl_rebasin.metrics import accuracy, barrier_of, expected_calibration_error, log_loss
 
 
@@ -74,3 +74,8 @@ def test_metrics_agree_with_plain_python(n: int, classes: int, seed: int) -> Non
     assert log_loss(probabilities, labels) == pytest.approx(sum(losses) / n)
     expected = plain_calibration_error(rows, bins=15)
     assert expected_calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+def test_complex_tensors_are_interpolated_as_they_are() -> None:
+    left, right = ({"x": torch.tensor([value])} for value in (1 + 2j, 2 + 1j))
+    torch.testing.assert_close(interpolate(left, right, 0.25)["x"], torch.tensor([1.25 + 1.75j]))

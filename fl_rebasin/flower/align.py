@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO
 from numbers import Real
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -54,15 +54,20 @@ class Aligned:
 class AlignmentMethod(Protocol):
     """How a round is aligned: a small frozen object, checked when it is made."""
 
-    @property
-    def one_by_one(self) -> bool:
-        """Whether each model is aligned without the others, by `align_one`."""
-
     def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
         """Return a permutation for each client's model."""
 
+
+@runtime_checkable
+class OneByOne(AlignmentMethod, Protocol):
+    """A method that can align a model without the others, so that replies need not be kept."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether it does so with its present options."""
+
     def align_one(self, current: Round, client: ClientModel) -> Permutation:
-        """Return the permutation of one model; only called if `one_by_one`."""
+        """Return the permutation of one model."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,21 @@ class WeightMatching:
         """Return a permutation for each client's model."""
         started = time.perf_counter()
         if self.one_by_one:
-            permutations = [self.align_one(current, client) for client in clients]
-            return _measured(current, clients, permutations, {"rebasin-sweeps": 0}, started)
+            matches = [_match_to_global(current, client) for client in clients]
+            sweeps = sum(count for _, count in matches)
+            permutations = [permutation for permutation, _ in matches]
+            return _measured(current, clients, permutations, {"rebasin-sweeps": sweeps}, started)
         found = _jointly(current, clients)
         return _measured(current, clients, list(found.permutations), _metrics_of(found), started)
 
     def align_one(self, current: Round, client: ClientModel) -> Permutation:
         """Match a model to the global one."""
-        return match_to(current.reference, weights_of(current.spec, client.state_dict))[0]
+        return _match_to_global(current, client)[0]
+
+
+def _match_to_global(current: Round, client: ClientModel) -> tuple[Permutation, int]:
+    """Return the permutation that matches a model to the global one, and the number of sweeps."""
+    return match_to(current.reference, weights_of(current.spec, client.state_dict))
 
 
 @dataclass(frozen=True)
@@ -123,19 +135,10 @@ class ActivationMatching:
 
     then_weights: bool = False
 
-    @property
-    def one_by_one(self) -> bool:
-        """Clients match their models to that of another client."""
-        return False
-
     def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
         """Return a permutation for each client's model."""
         config = {"method": "activations"}
         return _align_on_clients(current, clients, config, self.then_weights)
-
-    def align_one(self, current: Round, client: ClientModel) -> Permutation:
-        """Raise `TypeError`: this method needs all models."""
-        raise TypeError("activation matching aligns all models of a round together")
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,6 @@ class StraightThrough:
                 f"learning_rate must be positive and finite, got {self.learning_rate!r}"
             )
 
-    @property
-    def one_by_one(self) -> bool:
-        """Clients match their models to that of another client."""
-        return False
-
     def align(self, current: Round, clients: Sequence[ClientModel]) -> Aligned:
         """Return a permutation for each client's model."""
         config = {
@@ -178,10 +176,6 @@ class StraightThrough:
             "learning-rate": self.learning_rate,
         }
         return _align_on_clients(current, clients, config, then_weights=False)
-
-    def align_one(self, current: Round, client: ClientModel) -> Permutation:
-        """Raise `TypeError`: this method needs all models."""
-        raise TypeError("straight-through matching aligns all models of a round together")
 
 
 def to_reference(current: Round, clients: Sequence[ClientModel]) -> list[Permutation]:

@@ -12,7 +12,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.aggregation import is_usable
-from fl_rebasin.flower.questions import printable
+from fl_rebasin.flower.log_text import printable
 from fl_rebasin.flower.round_clients import RoundClients
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.clients import Costs
@@ -37,7 +37,7 @@ class Variant:
     """A model after some of the finishing steps.
 
     Attributes:
-        name: the steps that it has been through, `+NAME` each; BatchNorm statistics are not named.
+        name: the steps that it has been through, `+NAME` each; BatchNorm first has no name.
         arrays: the model.
         costs: what the last step cost.
         applied: whether the last step worked.
@@ -102,6 +102,7 @@ class Finishing:
             The models to choose from, and what the questions to the clients cost.
         """
         plain = current = Variant("", arrays, {})
+        recalibrated = False
         fallback: Variant | None = None
         models: list[Variant] = []
         costs: list[Costs] = []
@@ -114,18 +115,20 @@ class Finishing:
             if after.applied:
                 current = after
                 models.append(after)
-            elif after.recalibrate and current is plain:
-                if fallback is None:
-                    fallback = self._recalibrated(plain, clients, number)
+                recalibrated |= BatchNorm.name in after.costs
+            elif after.recalibrate and not recalibrated:
+                if current is not plain or fallback is None:
+                    fallback = self._recalibrated(current, clients, number)
                     costs.append(fallback.costs)
-                current = fallback
+                    models.append(fallback)
+                current, recalibrated = fallback, True
         return (models or [plain]) if self.keep_all else [current], costs
 
-    def _recalibrated(self, plain: Variant, clients: RoundClients, number: int) -> Variant:
-        """Return the model with the BatchNorm statistics that it needs, if it needs any."""
+    def _recalibrated(self, model: Variant, clients: RoundClients, number: int) -> Variant:
+        """Return a model with the BatchNorm statistics that it needs, if it needs any."""
         if self.baseline is None:
-            return plain
-        return _after(self.baseline, plain, clients, number)
+            return model
+        return replace(_after(self.baseline, model, clients, number), name=model.name)
 
 
 def _bound(steps: Sequence[FinishingStep], model: nn.Module, inputs: Any) -> list[BoundStep]:
@@ -155,5 +158,6 @@ def _after(step: BoundStep, variant: Variant, clients: RoundClients, number: int
     if not is_usable(arrays, number):
         recalibrate = step.name != BatchNorm.name
         return replace(variant, costs=result.costs, applied=False, recalibrate=recalibrate)
-    name = variant.name + ("" if step.name == BatchNorm.name else f"+{step.name}")
+    first = step.name == BatchNorm.name and not variant.name
+    name = variant.name + ("" if first else f"+{step.name}")
     return Variant(name, arrays, result.costs)

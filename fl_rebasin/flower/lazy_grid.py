@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
-from fl_rebasin.flower.questions import reason
+from fl_rebasin.flower.log_text import reason
 
 POLL_SECONDS = 3.0
 """Pause between two polls for replies if the grid does not set one; Flower's own default."""

@@ -13,7 +13,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from fl_rebasin.flower.questions import LoadFn, reason
+from fl_rebasin.flower.log_text import reason
+from fl_rebasin.flower.questions import LoadFn
 from fl_rebasin.flower.replies import only_arrays, reply_with_content
 from fl_rebasin.matching.activations import match_activations
 from fl_rebasin.matching.objective import check_finite

@@ -14,13 +14,11 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.arrays import read_header, read_tensor
+from fl_rebasin.flower.log_text import reason
 from fl_rebasin.merging.clients import Answer, Answers, Cost, Question, Read, Request, Tensors
 
 TIMEOUT = 3600.0
 """Seconds that the server waits for answers."""
-
-MAX_REASON = 300
-"""Characters of a reason that go to the log."""
 
 ANSWER = "answer"
 """Name of the record that holds the arrays of an answer."""
@@ -129,15 +127,3 @@ def size_of(content: RecordDict) -> int:
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
-
-
-def reason(error: Exception) -> str:
-    """Return an error's first line, fit for a log."""
-    if isinstance(error, KeyError):
-        return printable(f"{error} is missing")
-    return printable(str(error).splitlines()[0] if str(error).strip() else type(error).__name__)
-
-
-def printable(text: str) -> str:
-    """Return the beginning of a client's text, without control characters."""
-    return "".join(each if each.isprintable() else "?" for each in text[:MAX_REASON])

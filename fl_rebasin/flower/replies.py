@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fl_rebasin.flower.arrays import read_header, read_tensor
 from fl_rebasin.flower.limits import MAX_EXAMPLES
-from fl_rebasin.flower.questions import printable, reason
+from fl_rebasin.flower.log_text import printable, reason
 from fl_rebasin.state_dicts import StateDict, is_finite
 from fl_rebasin.symmetry.spec import PermutationSpec
 
@@ -252,9 +252,9 @@ def valid_evaluations(
     return failed + [reply for reply, each in zip(valid, usual, strict=True) if each]
 
 
-def log_dropped(reply: Message, why: str) -> None:
-    """Log that a reply is dropped, and why."""
-    log(WARNING, "reply of node %s dropped: %s", reply.metadata.src_node_id, why)
+def log_dropped(reply: Message, why: str, *, what: str = "reply") -> None:
+    """Log that a reply, or a part of it, is dropped, and why."""
+    log(WARNING, "%s of node %s dropped: %s", what, reply.metadata.src_node_id, why)
 
 
 def read_label_counts(reply: Message, key: str) -> Tensor:
@@ -275,18 +275,21 @@ def read_label_counts(reply: Message, key: str) -> Tensor:
     return counts
 
 
-def have_usual_records(replies: Sequence[Message]) -> list[bool]:
+def have_usual_records(replies: Sequence[Message], *, what: str = "reply") -> list[bool]:
     """Return for each reply whether its records have the same layout as those of most replies.
 
     Flower aggregates only replies of one layout. The other replies are logged as dropped.
+
+    Args:
+        replies: the replies.
+        what: what is dropped of the others, for the log.
     """
     layouts = [_layout(reply) for reply in replies]
     usual = Counter(layouts).most_common(1)[0][0] if layouts else ""
     for reply, layout in zip(replies, layouts, strict=True):
         if layout != usual:
-            log_dropped(
-                reply, f"its records differ from those of most replies: {printable(layout)}"
-            )
+            why = f"its records differ from those of most replies: {printable(layout)}"
+            log_dropped(reply, why, what=what)
     return [layout == usual for layout in layouts]
 
 

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor
 
-from fl_rebasin.flower.questions import ask, reason
+from fl_rebasin.flower.log_text import reason
+from fl_rebasin.flower.questions import ask
 from fl_rebasin.flower.replies import read_label_counts
 from fl_rebasin.merging.clients import Answer, Answers, Question, Read, Request
 from fl_rebasin.merging.heads import check_counts

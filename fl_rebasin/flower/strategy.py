@@ -13,7 +13,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.aggregation import Aggregate, adopt, aggregate, check_copyable
-from fl_rebasin.flower.align import Aligned, AlignmentMethod, Metrics, WeightMatching
+from fl_rebasin.flower.align import Aligned, AlignmentMethod, Metrics, OneByOne, WeightMatching
 from fl_rebasin.flower.candidates import form_candidates
 from fl_rebasin.flower.finishing import Finishing
 from fl_rebasin.flower.guard import Guard
@@ -130,7 +130,7 @@ class ReBasinStrategy(WrappedStrategy):
     def _streams(self) -> bool:
         """Whether the server needs to hold only one client's model at a time."""
         return (
-            self.align is not None
+            isinstance(self.align, OneByOne)
             and self.align.one_by_one
             and self.guard is None
             and not self._finishing.needs_models
@@ -251,7 +251,7 @@ class ReBasinStrategy(WrappedStrategy):
         self, current: Round, inbox: Inbox, replies: Iterable[Message]
     ) -> Aggregate:
         """Align each reply to the global model as it arrives, and keep only the sum."""
-        assert self.align is not None
+        assert isinstance(self.align, OneByOne)
         align_one = self.align.align_one
 
         def is_near(client: ClientModel, permutation: Permutation) -> bool:

@@ -80,7 +80,7 @@ class RunningMean:
         """Return one reply with the mean, and the metrics that a strategy aggregates from all."""
         assert isinstance(strategy, FedAvg)
         replies = list(self.replies.values())
-        usual = have_usual_records(replies)
+        usual = have_usual_records(replies, what="metrics")
         contents = [reply.content for reply, kept in zip(replies, usual, strict=True) if kept]
         metrics = strategy.train_metrics_aggr_fn(contents, strategy.weighted_by_key)
         record = ArrayRecord()

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from fl_rebasin.matching.alignment_methods import (
+from fl_rebasin.matching.certificate import Reference, margins, uncertified_groups
+from fl_rebasin.matching.many_methods import (
     descend,
     hierarchical,
     joint,
     textbook,
     to_heaviest,
 )
-from fl_rebasin.matching.certificate import Reference, margins, uncertified_groups
 from fl_rebasin.matching.models import Models
 from fl_rebasin.matching.objective import weights_of
 from fl_rebasin.matching.weights import match_to

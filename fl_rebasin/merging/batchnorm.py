@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fl_rebasin.forward import Moments, evaluating, forward_hooks, inputs_of
+from fl_rebasin.forward import Moments, evaluating, first_input, forward_hooks, inputs_of
 from fl_rebasin.merging.clients import Answers, Clients, Question, Request, Tensors
 from fl_rebasin.merging.finishing_step import Finish, Finished
 from fl_rebasin.state_dicts import StateDict, like
@@ -74,7 +74,7 @@ def batchnorm_statistics(
     sums: dict[nn.Module, Moments] = {}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        values = args[0].detach().transpose(0, 1).flatten(1).double()
+        values = first_input(args, kwargs).detach().transpose(0, 1).flatten(1).double()
         if values.numel():
             seen = Moments.of(values)
             sums[layer] = sums[layer] + seen if layer in sums else seen

@@ -16,7 +16,7 @@ from experiment.seeding import derived_seed, shared_model
 from experiment.settings import Settings
 from experiment.training import predict, statistics_batches
 from fl_rebasin import interpolate, recalibrate_batchnorm
-from fl_rebasin.metrics import LAMBDAS, accuracy, barrier_of, log_loss
+from fl_rebasin.metrics import POINTS, accuracy, barrier_of, log_loss
 
 CURVE_STATISTICS_IMAGES = 1000
 """Number of training images for the BatchNorm statistics at each point of a curve."""
@@ -36,7 +36,7 @@ def curves(
     model = shared_model(settings, dataset, seed)
     variants = (False, True) if settings.norm == "batch" else (False,)
     write = progress_writer(progress, f"seed {seed} interpolation")
-    on_point = counter(write, len(lines) * len(variants) * LAMBDAS)
+    on_point = counter(write, len(lines) * len(variants) * POINTS)
     measured = {}
     for name, (left, right) in lines.items():
         for recalibrate in variants:
@@ -81,7 +81,7 @@ def curve(
     chosen = torch.randperm(len(dataset.test_labels), generator=generator)
     chosen = chosen[:images] if images else chosen
     test_images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
-    lambdas = [place / (LAMBDAS - 1) for place in range(LAMBDAS)]
+    lambdas = [place / (POINTS - 1) for place in range(POINTS)]
     losses, accuracies = [], []
     for lam in lambdas:
         state = interpolate(left, right, lam)

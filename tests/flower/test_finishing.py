@@ -434,3 +434,41 @@ def test_steps_get_the_aligned_model_of_each_client_whose_reply_is_used() -> Non
     merge = merge_many(spec, own, list(WEIGHTS.values()), unit_order_of=global_model)
     for permutation, model, node in zip(merge.permutations, own, WEIGHTS, strict=True):
         assert_same(dict(aligned[node]), spec.apply(permutation, model), rtol=0, atol=0)
+
+
+class Unanswered:
+    """A fit that no client answers: the model needs BatchNorm statistics instead."""
+
+    name, needs_models = "unanswered", False
+
+    def bind(self, model: nn.Module, example_inputs: Any) -> Finish:
+        return lambda merged, clients: Finished(merged, applied=False, recalibrate=True)
+
+
+@pytest.mark.parametrize("earlier", [[], ["centred"]])
+def test_a_failed_fit_is_replaced_by_batchnorm_statistics(earlier: list[str]) -> None:
+    steps = [Centred() for _ in earlier]
+    world = federation(WITH_NORM, data(WITH_NORM), more=[QUESTION])
+    found, _ = finished(WITH_NORM, [*steps, Unanswered()], world)
+    assert world.asked("batchnorm") == sorted(WEIGHTS)
+    expected, _ = finished(WITH_NORM, [*steps, BatchNorm()], world)
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_a_failed_fit_after_batchnorm_asks_for_nothing() -> None:
+    world = federation(WITH_NORM, data(WITH_NORM), more=[QUESTION])
+    found, _ = finished(WITH_NORM, [BatchNorm(), Unanswered()], world)
+    assert world.asked("batchnorm") == sorted(WEIGHTS)
+    expected, _ = finished(WITH_NORM, [BatchNorm()], world)
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_statistics_after_another_step_are_a_candidate_of_their_own() -> None:
+    world = federation(WITH_NORM, data(WITH_NORM), with_labels(WITH_NORM, classes=3))
+    finish = [LeastSquares(), BatchNorm()]
+    _, metrics = finished(WITH_NORM, finish, world, guard=Guard(), align=None)
+    assert [key for key in metrics if key.startswith("guard-loss-")] == [
+        "guard-loss-aligned",
+        "guard-loss-aligned+least-squares",
+        "guard-loss-aligned+least-squares+batchnorm",
+    ]

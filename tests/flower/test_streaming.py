@@ -173,7 +173,7 @@ def test_a_reply_with_unusual_metrics_loses_only_the_metrics(
     assert metrics is not None
     assert metrics["loss"] == pytest.approx(1.0)
     assert "surprise" not in metrics
-    assert "reply of node 9 dropped: its records differ" in caplog.text
+    assert "metrics of node 9 dropped: its records differ" in caplog.text
 
 
 class Mailbox(Nodes):

@@ -1119,3 +1119,25 @@ def test_a_layer_that_one_forward_pass_does_not_reach_is_named() -> None:
     far = [data[0], [100 + batch for batch in data[1]]]
     with pytest.raises(ValueError, match="small is not reached by the forward pass"):
         fit_least_squares(model, merged, states, far)
+
+
+def test_layers_called_by_keyword_are_fitted_and_recalibrated() -> None:
+    class Net(nn.Module):
+        def __init__(self, keyword: bool) -> None:
+            super().__init__()
+            self.keyword = keyword
+            self.layer, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.keyword:
+                return self.head(input=torch.relu(self.norm(input=self.layer(input=inputs))))
+            return self.head(torch.relu(self.norm(self.layer(inputs))))
+
+    entry = entry_of(lambda: Net(keyword=False), 6, 4)
+    model, merged, states, data = clients(entry)
+    by_keyword = Net(keyword=True).double()
+    assert plan(by_keyword, data[0][0]) == plan(model, data[0][0])
+    for method in (LeastSquares(), RegMean(), Repair()):
+        expected = fit_least_squares(model, merged, states, data, method)
+        found = fit_least_squares(by_keyword, merged, states, data, method)
+        assert_same(found, expected, rtol=0, atol=0)

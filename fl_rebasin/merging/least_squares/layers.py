@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fl_rebasin.forward import forward_hooks
+from fl_rebasin.forward import first_input, forward_hooks
 from fl_rebasin.merging.batchnorm import write_norm
 from fl_rebasin.state_dicts import StateDict
 
@@ -37,7 +37,7 @@ def run_until(model: nn.Module, name: str, inputs: Any) -> tuple[Tensor, Tensor]
     seen: list[tuple[Tensor, Tensor]] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        seen.append((args[0], output))
+        seen.append((first_input(args, kwargs), output))
         raise _ReachedError
 
     with forward_hooks([(model.get_submodule(name), stop)]):

@@ -16,7 +16,7 @@ from torch.nn.modules.pooling import _MaxPoolNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fl_rebasin.forward import call, evaluating
+from fl_rebasin.forward import call, evaluating, first_input
 from fl_rebasin.merging.least_squares.steps import RIDGE, FitStep, NormStep, RescaleStep, Step
 
 MAX_FEATURES = 2500
@@ -76,7 +76,8 @@ class _Dataflow(TorchDispatchMode):
         for name, module in model.named_modules():
             if isinstance(module, TRANSPARENT):
                 handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(module.register_forward_hook(self._leaving(name)))
+                leaving = self._leaving(name)
+                handles.append(module.register_forward_hook(leaving, with_kwargs=True))
         try:
             with self:
                 yield
@@ -88,10 +89,11 @@ class _Dataflow(TorchDispatchMode):
         self._depth += 1
 
     def _leaving(self, name: str) -> Any:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             self._depth -= 1
-            if args and isinstance(args[0], Tensor) and output is not args[0]:
-                self._record(name, module, args[0], output)
+            taken = first_input(args, kwargs) if args or kwargs else None
+            if isinstance(taken, Tensor) and output is not taken:
+                self._record(name, module, taken, output)
 
         return leave
 

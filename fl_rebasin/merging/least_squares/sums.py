@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_rebasin.forward import evaluating, forward_hooks, inputs_of
+from fl_rebasin.forward import evaluating, first_input, forward_hooks, inputs_of
 from fl_rebasin.merging.clients import (
     Question,
     Request,
@@ -72,7 +72,7 @@ def regmean_sums(
     names = {own.get_submodule(step.layer): step.layer for step in steps}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        for rows, _ in input_rows(module, single_precision(args[0])):
+        for rows, _ in input_rows(module, single_precision(first_input(args, kwargs))):
             new = {"gram": rows.T @ rows, "count": torch.tensor([len(rows)])}
             name = names[module]
             grams[name] = add_up([grams[name], new] if name in grams else [new])
