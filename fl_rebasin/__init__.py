@@ -11,6 +11,7 @@ from fl_rebasin.matching.straight_through import match_straight_through
 from fl_rebasin.matching.weights import Match, match_weights
 from fl_rebasin.merging.batchnorm import BatchNorm, recalibrate_batchnorm
 from fl_rebasin.merging.heads import ClassAwareHead, class_aware_head
+from fl_rebasin.merging.joint_head import JointHead, fit_joint_head
 from fl_rebasin.merging.least_squares import LeastSquares, RegMean, Repair, fit_least_squares
 from fl_rebasin.merging.merge_many import Merge, merge_many
 from fl_rebasin.metrics import Barrier, barrier
@@ -26,6 +27,7 @@ __all__ = [
     "Barrier",
     "BatchNorm",
     "ClassAwareHead",
+    "JointHead",
     "LeastSquares",
     "Match",
     "Merge",
@@ -38,6 +40,7 @@ __all__ = [
     "barrier",
     "class_aware_head",
     "derive_spec",
+    "fit_joint_head",
     "fit_least_squares",
     "interpolate",
     "match_activations",

@@ -10,6 +10,7 @@ from fl_rebasin.flower.strategy import ReBasinStrategy
 from fl_rebasin.flower.wrapper import WrappedStrategy
 from fl_rebasin.merging.batchnorm import BatchNorm
 from fl_rebasin.merging.heads import ClassAwareHead
+from fl_rebasin.merging.joint_head import JointHead
 from fl_rebasin.merging.least_squares import LeastSquares, RegMean, Repair
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpointed",
     "ClassAwareHead",
     "Guard",
+    "JointHead",
     "LeastSquares",
     "Limits",
     "ReBasinStrategy",

@@ -131,7 +131,7 @@ def _answer(model: nn.Module, batches: Iterable[Any], request: Request) -> Tenso
     return {"count": torch.tensor([count]), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-LOSSES = Question("guard", "evaluation of candidates", _answer, held_back=True)
+LOSSES = Question("guard", "evaluation of candidates", _answer, data="held-back")
 
 
 def _mean_loss(model: nn.Module, pairs: Sequence[tuple[Any, Any]]) -> tuple[int, float]:

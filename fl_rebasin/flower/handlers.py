@@ -11,9 +11,10 @@ from fl_rebasin.flower.guard import LOSSES
 from fl_rebasin.flower.questions import LoadFn, answer_with
 from fl_rebasin.merging.batchnorm import STATISTICS
 from fl_rebasin.merging.clients import Question
+from fl_rebasin.merging.joint_head.head_sums import FEATURES, HEAD
 from fl_rebasin.merging.least_squares.sums import LAYER_SUMS, REGMEAN_SUMS
 
-QUESTIONS = (STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, LOSSES)
+QUESTIONS = (STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, FEATURES, HEAD, LOSSES)
 """Every question of `ReBasinStrategy` and its options."""
 
 
@@ -22,6 +23,7 @@ def add_rebasin_handlers(
     load: LoadFn,
     load_held_back: LoadFn | None = None,
     *,
+    load_all: LoadFn | None = None,
     more: Iterable[Question] = (),
 ) -> None:
     """Let a ClientApp answer every question of `ReBasinStrategy`.
@@ -34,6 +36,8 @@ def add_rebasin_handlers(
             argument.
         load_held_back: the same with batches of inputs and labels that training leaves out; only
             the guard needs it.
+        load_all: the same with all training batches, inputs and labels, which `JointHead` uses;
+            `load` by default.
         more: questions of finishing steps of your own.
 
     Example:
@@ -42,7 +46,8 @@ def add_rebasin_handlers(
         >>> app = ClientApp()
         >>> add_rebasin_handlers(app, lambda context: (nn.Linear(2, 2), [torch.rand(8, 2)]))
     """
+    sources = {"some": load, "all": load_all or load, "held-back": load_held_back}
     for question in (*QUESTIONS, *more):
-        source = load_held_back if question.held_back else load
+        source = sources[question.data]
         if source is not None:
             answer_with(app, question, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from logging import WARNING
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_rebasin.flower.arrays import read_header, read_tensor
+from fl_rebasin.flower.context_memory import ContextMemory
 from fl_rebasin.flower.log_text import reason
 from fl_rebasin.merging.clients import Answer, Answers, Cost, Question, Read, Request, Tensors
 
@@ -45,7 +47,8 @@ def answer_with(app: ClientApp, question: Question, load: LoadFn) -> None:
     @app.query(action_of(question))
     def answer(message: Message, context: Context) -> Message:
         model, batches = load(context)
-        tensors = question.answer(model, batches, _request(message.content))
+        request = replace(_request(message.content), memory=ContextMemory(context))
+        tensors = question.answer(model, batches, request)
         arrays = {key: Array(value.cpu().numpy()) for key, value in tensors.items()}
         return Message(RecordDict({ANSWER: ArrayRecord(arrays)}), reply_to=message)
 

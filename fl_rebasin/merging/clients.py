@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from fl_rebasin.state_dicts import StateDict
 
 Tensors: TypeAlias = dict[str, Tensor]
 """Tensors by name."""
+Data: TypeAlias = Literal["some", "all", "held-back"]
+"""Which of its data a client answers a question with."""
 Answer = TypeVar("Answer")
 Read: TypeAlias = Callable[[Tensors], Answer]
 """Turns the tensors of one client into an answer, or raises `ValueError` if they are invalid."""
@@ -26,10 +28,13 @@ class Request:
     Attributes:
         states: state dicts by name, such as `merged` and `own`.
         config: numbers, strings and booleans by name.
+        memory: tensors that the client keeps from one question to the next; the server neither
+            sends nor sees them.
     """
 
     states: Mapping[str, StateDict]
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    memory: MutableMapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,14 @@ class Question:
         subject: what the client is asked for, as log lines name it.
         answer: computes the answer on the client, from a module of the architecture (its weights
             may be overwritten), the client's batches and the request.
-        held_back: whether the batches are those that the client's training leaves out.
+        data: which batches the client uses: some of its training data, all of them, or those that
+            its training leaves out.
     """
 
     name: str
     subject: str
     answer: Callable[[nn.Module, Iterable[Any], Request], Tensors]
-    held_back: bool = False
+    data: Data = "some"
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class LocalClients:
         self.models: Mapping[int, StateDict] = dict(enumerate(models))
         self._model = model
         self._data = data
+        self._memory: dict[int, dict[str, Tensor]] = {client: {} for client in self.models}
 
     @property
     def ids(self) -> Sequence[int]:
@@ -157,7 +164,8 @@ class LocalClients:
         started = time.perf_counter()
         answers = {}
         for client, request in requests.items():
-            tensors = question.answer(copy.deepcopy(self._model), self._data[client], request)
+            kept = replace(request, memory=self._memory[client])
+            tensors = question.answer(copy.deepcopy(self._model), self._data[client], kept)
             answers[client] = read({key: value.cpu() for key, value in tensors.items()})
         return Answers(answers, Cost(len(answers), time.perf_counter() - started, bytes=0))
 

@@ -377,7 +377,7 @@ def test_a_question_about_held_back_data_gets_them() -> None:
         seen.append(len(pairs[0][0]))
         return mean_outputs(model, [inputs for inputs, _ in pairs], request)
 
-    question = Question("held-back", "mean held-back outputs", count, held_back=True)
+    question = Question("held-back", "mean held-back outputs", count, data="held-back")
     held_back = with_labels(NET, classes=4)
     world = federation(NET, data(NET), held_back, more=[question])
     _, metrics = finished(NET, [Centred(question=question)], world)

@@ -173,15 +173,34 @@ def test_one_call_lets_a_client_answer_every_question() -> None:
     add_rebasin_handlers(full, load, load_held_back)
     world = Federation({1: bare, 2: full})
     asked = {asking.question.name for asking in ASKING.values()}
-    assert {question.name for question in QUESTIONS} == asked
+    # `test_joint_head` has the two questions of the joint head.
+    assert {question.name for question in QUESTIONS} == asked | {FEATURES.name, HEAD.name}
     for question in QUESTIONS:
         calls.clear()
         ask(world.grid, question, dict.fromkeys(world.apps, RecordDict()), total)
         # An empty message leads to no useful answer; here only the loading matters.
-        assert calls == (["held back"] if question.held_back else ["own", "own"]), question.name
+        held_back = question.data == "held-back"
+        assert calls == (["held back"] if held_back else ["own", "own"]), question.name
         unknown = f"No query function registered with name '{action_of(question)}'"
         refused = [reply.has_error() and unknown in reply.error.reason for reply in world.replies]
-        assert refused[-2:] == [question.held_back, False]
+        assert refused[-2:] == [held_back, False]
+
+
+def test_a_question_about_all_data_gets_all_data() -> None:
+    seen: list[str] = []
+
+    def loading(which: str) -> Callable[[Context], tuple[nn.Module, list[Any]]]:
+        def load(context: Context) -> tuple[nn.Module, list[Any]]:
+            seen.append(which)
+            return nn.Identity(), []
+
+        return load
+
+    app = ClientApp()
+    add_rebasin_handlers(app, loading("some"), load_all=loading("all"))
+    for question, expected in ((STATISTICS, "some"), (FEATURES, "all"), (HEAD, "all")):
+        ask(Federation({1: app}).grid, question, {1: RecordDict()}, total)
+        assert seen[-1] == expected
 
 
 def test_a_question_of_your_own_reaches_the_clients_of_a_round(
@@ -224,7 +243,7 @@ class Asking:
         return action_of(self.question).removeprefix("rebasin_")
 
 
-STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, LOSSES = QUESTIONS
+STATISTICS, PERMUTATION, LAYER_SUMS, REGMEAN_SUMS, FEATURES, HEAD, LOSSES = QUESTIONS
 ASKING = {
     "batchnorm": Asking(STATISTICS, {"finish": [BatchNorm()]}, "batchnorm"),
     "activations": Asking(PERMUTATION, {"align": ActivationMatching()}, "matching"),

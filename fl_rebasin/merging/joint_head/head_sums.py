@@ -1,0 +1,223 @@
+"""The sums of a logistic regression over clients: what clients send, and the checks of it.
+
+With features X (a constant 1 as the last one), one-hot labels Y and the class probabilities P of a
+head W, the gradient of the summed loss is X^T P - X^T Y. Clients send X^T X and X^T Y once, and
+X^T P for each head. Sums over examples add up exactly over clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_rebasin.forward import evaluating, forward_hooks, inputs_and_labels
+from fl_rebasin.merging.clients import Question, Request, Tensors
+
+HELD_BACK_EVERY = 10
+"""Every tenth example of a client is held back, to decide which head is best."""
+MAX_COUNT = 1e15
+"""More examples than any client can have."""
+MAX_ENTRY = 1e30
+"""Larger sums could overflow when they are added up."""
+ROUNDING = 1e-3
+"""Relative error that the bounds on sums allow for, since features are in single precision."""
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """The sums over a client's features and labels, float64.
+
+    Attributes:
+        gram: X^T X, shape `(features + 1, features + 1)`.
+        class_sums: X^T Y, shape `(features + 1, classes)`; its last row counts the examples.
+    """
+
+    gram: Tensor
+    class_sums: Tensor
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """The sums over a client's class probabilities under one head, float64.
+
+    Attributes:
+        probability_sums: X^T P, shape `(features + 1, classes)`.
+        squares: column sums of P^2, shape `(classes,)`.
+        losses: summed cross-entropy of the fitted and of the held-back examples, shape `(2,)`.
+        held_back: number of held-back examples.
+    """
+
+    probability_sums: Tensor
+    squares: Tensor
+    losses: Tensor
+    held_back: int
+
+
+def _features(model: nn.Module, layer: str, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Return what the last layer sees, with a constant 1, and the labels of all examples."""
+    seen: list[Tensor] = []
+    features, labels = [], []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        seen.append(args[0].detach())
+
+    hooks = [(model.get_submodule(layer), record)]
+    with forward_hooks(hooks), evaluating(model), torch.no_grad():
+        for batch in batches:
+            inputs, classes = inputs_and_labels(batch, "a joint head")
+            model(inputs)
+            rows = seen.pop().float()
+            if rows.ndim != 2 or classes.shape != rows.shape[:1] or classes.is_floating_point():
+                raise ValueError(
+                    "a joint head needs one class number for each example, got labels of shape "
+                    f"{tuple(classes.shape)} and dtype {classes.dtype} for features of shape "
+                    f"{tuple(rows.shape)}"
+                )
+            features.append(F.pad(rows, (0, 1), value=1.0).cpu())
+            labels.append(classes.long().cpu())
+    if not features:
+        raise ValueError("no example to fit the head on")
+    return torch.cat(features), torch.cat(labels)
+
+
+def _answer_features(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
+    """Compute the features once, keep them, and return the sums over them."""
+    model.load_state_dict(request.states["merged"])
+    features, labels = _features(model, str(request.config["layer"]), batches)
+    classes = int(request.config["classes"])
+    if not bool(((labels >= 0) & (labels < classes)).all()):
+        raise ValueError(f"a label is not a class number from 0 to {classes - 1}")
+    request.memory["features"] = features
+    request.memory["labels"] = labels
+    fitted = _is_fitted(len(labels))
+    x, y = features[fitted].double(), F.one_hot(labels[fitted], classes).double()
+    return {"gram": x.T @ x, "class-sums": x.T @ y}
+
+
+def _is_fitted(count: int) -> Tensor:
+    """Return which examples are fitted; the others are held back. Shape `(count,)`."""
+    return torch.arange(count) % HELD_BACK_EVERY != HELD_BACK_EVERY - 1
+
+
+def _answer_head(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
+    """Return the sums over the kept features for one head."""
+    if "features" not in request.memory:
+        raise ValueError("the features of this round are not kept: the context was lost")
+    features, labels = request.memory["features"], request.memory["labels"]
+    fitted = _is_fitted(len(labels))
+    logits = features.double() @ request.states["head"]["weight"].double()
+    logs = logits.log_softmax(1)
+    losses = F.nll_loss(logs, labels, reduction="none")
+    probabilities = logs[fitted].exp()
+    return {
+        "probability-sums": features[fitted].double().T @ probabilities,
+        "squares": probabilities.square().sum(0),
+        "losses": torch.stack([losses[fitted].sum(), losses[~fitted].sum()]),
+        "held-back": torch.tensor([int((~fitted).sum())]),
+    }
+
+
+FEATURES = Question("joint-head-features", "feature sums", _answer_features, data="all")
+HEAD = Question("joint-head", "head sums", _answer_head, data="all")
+
+
+def read_features(tensors: Tensors, features: int, classes: int) -> FeatureSums:
+    """Return one client's sums over features.
+
+    By Cauchy and Schwarz, |X_j^T Y_c|^2 <= |X_j|^2 n_c: a client cannot claim more.
+
+    Raises:
+        ValueError: they are not what the question asks for, or impossible.
+    """
+    gram = _checked(tensors, "gram", (features + 1, features + 1))
+    class_sums = _checked(tensors, "class-sums", (features + 1, classes))
+    _check_gram(gram)
+    counts, total = class_sums[-1], float(gram[-1, -1])
+    if not 0 < total <= MAX_COUNT or float(counts.min()) < 0:
+        raise ValueError(f"{total} examples of {counts.min()} or more a class are impossible")
+    if abs(float(counts.sum()) - total) > ROUNDING * total:
+        raise ValueError("the examples of all classes are not all examples")
+    _check_bound("class-sums", class_sums, gram, counts)
+    return FeatureSums(gram, class_sums)
+
+
+def read_head(tensors: Tensors, known: FeatureSums) -> HeadSums:
+    """Return one client's sums for a head.
+
+    By Cauchy and Schwarz, |X_j^T P_c|^2 <= |X_j|^2 sum(P_c), since probabilities are at most 1.
+
+    Args:
+        tensors: what the client sent.
+        known: the client's sums over features.
+
+    Raises:
+        ValueError: they are not what the question asks for, or impossible.
+    """
+    features, classes = known.class_sums.shape
+    sums = _checked(tensors, "probability-sums", (features, classes))
+    squares = _checked(tensors, "squares", (classes,))
+    losses = _checked(tensors, "losses", (2,))
+    count, total = tensors["held-back"], float(known.gram[-1, -1])
+    if count.dtype != torch.int64 or count.shape != (1,) or not 0 <= int(count) <= total:
+        raise ValueError(f"{str(count.tolist())[:20]} is not a number of held-back examples")
+    if float(losses.min()) < 0:
+        raise ValueError("a loss is negative")
+    mass = sums[-1]
+    if float(mass.min()) < 0 or abs(float(mass.sum()) - total) > ROUNDING * total:
+        raise ValueError("the probabilities do not sum to the number of examples")
+    _check_bound("probability-sums", sums, known.gram, mass)
+    if float(squares.min()) < 0 or bool((squares > mass * (1 + ROUNDING) + ROUNDING).any()):
+        raise ValueError("squares of probabilities exceed the probabilities")
+    return HeadSums(sums, squares, losses, int(count))
+
+
+def _checked(tensors: Tensors, key: str, shape: tuple[int, ...]) -> Tensor:
+    value = tensors[key]
+    if value.dtype != torch.float64 or tuple(value.shape) != shape:
+        raise ValueError(
+            f"{key} is {value.dtype} of shape {tuple(value.shape)}, expected float64 of shape "
+            f"{shape}"
+        )
+    if not bool((value.abs() <= MAX_ENTRY).all()):  # Written so that NaN fails.
+        raise ValueError(f"{key} is not finite or too large")
+    return value
+
+
+def _check_gram(gram: Tensor) -> None:
+    if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-6 * float(gram.abs().max())):
+        raise ValueError("X^T X is not symmetric")
+    diagonal = gram.diagonal()
+    if float(diagonal.min()) < 0:
+        raise ValueError("X^T X has a negative diagonal")
+    bound = torch.outer(diagonal, diagonal).sqrt()
+    if bool((gram.abs() > bound * (1 + ROUNDING) + ROUNDING).any()):
+        raise ValueError("X^T X has an entry beyond what its diagonal allows")
+
+
+def _check_bound(key: str, sums: Tensor, gram: Tensor, mass: Tensor) -> None:
+    bound = torch.outer(gram.diagonal(), mass).sqrt()
+    if bool((sums.abs() > bound * (1 + ROUNDING) + ROUNDING).any()):
+        raise ValueError(f"{key} holds a sum beyond what its examples allow")
+
+
+def pooled_features(sums: Sequence[FeatureSums]) -> FeatureSums:
+    """Return the sums over all clients."""
+    return FeatureSums(
+        torch.stack([each.gram for each in sums]).sum(0),
+        torch.stack([each.class_sums for each in sums]).sum(0),
+    )
+
+
+def pooled_heads(sums: Sequence[HeadSums]) -> HeadSums:
+    """Return the sums over all clients."""
+    return HeadSums(
+        torch.stack([each.probability_sums for each in sums]).sum(0),
+        torch.stack([each.squares for each in sums]).sum(0),
+        torch.stack([each.losses for each in sums]).sum(0),
+        sum(each.held_back for each in sums),
+    )
