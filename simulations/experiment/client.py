@@ -54,7 +54,12 @@ def make_client_app(settings: Settings, progress: Path, threads: int) -> ClientA
         torch.set_num_threads(threads)
         return _local(settings, context).held_out()
 
-    add_rebasin_handlers(app, load, load_held_out)
+    def load_all(context: Context) -> tuple[nn.Module, Iterable[Any]]:
+        """Return a model and all of the client's training images with their labels."""
+        torch.set_num_threads(threads)
+        return _local(settings, context).training()
+
+    add_rebasin_handlers(app, load, load_held_out, load_all=load_all)
     return app
 
 
@@ -78,6 +83,13 @@ class _LocalClient:
         seed = derived_seed(self.seed, "statistics", self.number)
         limit = self.settings.statistics_images
         batches = statistics_batches(self.dataset, *self.images(), limit, seed)
+        return shared_model(self.settings, self.dataset, self.seed), batches
+
+    def training(self) -> tuple[nn.Module, Iterable[Any]]:
+        """Return a model of the architecture and batches of all training images."""
+        images, labels = self.images()
+        seed = derived_seed(self.seed, "head", self.number)
+        batches = statistics_batches(self.dataset, images, labels, len(labels), seed)
         return shared_model(self.settings, self.dataset, self.seed), batches
 
     def held_out(self) -> tuple[nn.Module, Iterable[Any]]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from experiment.curves import curves
 from experiment.data import Dataset
 from experiment.evaluation import Evaluator, Row, debiased, ensemble
+from experiment.methods import BEST_BODY
 from experiment.progress import progress_writer
 from experiment.seeding import client_parts, derived_seed, shared_model
-from experiment.server import Federation, run_federation
+from experiment.server import Federation, is_body_row, run_federation
 from experiment.settings import Settings
 from experiment.splits import evaluation_parts
 from experiment.training import train
@@ -94,8 +95,19 @@ def _merged_rows(evaluator: Evaluator, federation: Federation) -> dict[str, Row]
     last = federation.rounds[-1]
     rows = {}
     for name, state in federation.merged.items():
+        if is_body_row(name):
+            continue
         known = {key: value for key, value in last.get(name, {}).items() if key != "train"}
         rows[name] = known or evaluator.measure(state)
+    first = federation.rounds[0]
+    bodies = [
+        {key: value for key, value in row.items() if key != "train"}
+        for name, row in first.items()
+        if is_body_row(name)
+    ]
+    if bodies:
+        # The strongest control: the body that is best on the test set.
+        rows[BEST_BODY] = max(bodies, key=lambda row: row["joint_accuracy"])
     return rows
 
 

@@ -10,6 +10,7 @@ from fl_rebasin.flower import (
     ActivationMatching,
     BatchNorm,
     Guard,
+    JointHead,
     LeastSquares,
     StraightThrough,
     WeightMatching,
@@ -21,13 +22,16 @@ LABEL_COUNTS = "label-counts"
 GUARD = "rebasin+guard"
 """The method for which clients hold out images."""
 
+BEST_BODY = "best-body+head"
+"""A control: the joint head on the body of one client's model, for the client that is best."""
+
 
 @dataclass(frozen=True)
 class Method:
     """A merging method: options of `ReBasinStrategy`."""
 
     align: WeightMatching | ActivationMatching | StraightThrough | None
-    finish: Sequence[BatchNorm | LeastSquares] = (BatchNorm(),)
+    finish: Sequence[BatchNorm | LeastSquares | JointHead] = (BatchNorm(),)
     guard: Guard | None = None
 
 
@@ -42,12 +46,16 @@ METHODS = {
     "rebasin-ste+bn": Method(StraightThrough()),
     "naive+lsq": Method(None, _FIT),
     "rebasin+lsq": Method(_ALIGN, _FIT),
+    "naive+head": Method(None, (BatchNorm(), JointHead())),
+    "rebasin+head": Method(_ALIGN, (BatchNorm(), JointHead())),
+    "rebasin+lsq+head": Method(_ALIGN, (*_FIT, JointHead())),
+    BEST_BODY: Method(None, (JointHead(),)),
     GUARD: Method(_ALIGN, _FIT, Guard()),
 }
 """The methods that the user can choose."""
 
-CONTINUED = (*ALWAYS, "naive+lsq", "rebasin+lsq", GUARD)
-"""The methods that take part in later rounds; the others differ from them only in the matching."""
+CONTINUED = (*ALWAYS, "naive+lsq", "rebasin+lsq", "naive+head", "rebasin+lsq+head", GUARD)
+"""The methods that take part in later rounds."""
 
 
 def chosen_methods(names: list[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from fl_rebasin.flower import WrappedStrategy
@@ -17,6 +17,25 @@ ModelState = dict[str, Tensor]
 def client_number(reply: Message) -> int:
     """Return the number of the client that sent a reply."""
     return cast(int, reply.content.config_records["client"]["number"])
+
+
+class OneClient(FedAvg):
+    """Returns the model of one client instead of the average.
+
+    Args:
+        client: The client's number.
+    """
+
+    def __init__(self, client: int) -> None:
+        super().__init__(fraction_evaluate=0.0)
+        self.client = client
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the reply of one client only."""
+        own = [reply for reply in replies if client_number(reply) == self.client]
+        return super().aggregate_train(server_round, own)
 
 
 class Recorder(WrappedStrategy):

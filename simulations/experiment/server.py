@@ -12,8 +12,8 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from experiment.data import Dataset
 from experiment.errors import FederationError
-from experiment.methods import ALWAYS, CONTINUED, METHODS
-from experiment.recorder import ModelState, Recorder
+from experiment.methods import ALWAYS, BEST_BODY, CONTINUED, METHODS, Method
+from experiment.recorder import ModelState, OneClient, Recorder
 from experiment.seeding import shared_model
 from experiment.settings import Settings
 from fl_rebasin.flower import ReBasinStrategy
@@ -100,18 +100,26 @@ class _Server:
         self._initial = ArrayRecord(model.state_dict())
 
         self.averages = {name.removesuffix("+bn"): Recorder(_fedavg()) for name in ALWAYS}
-        methods = ALWAYS | {name: METHODS[name] for name in settings.methods}
-        self.strategies = {
-            name: ReBasinStrategy(
-                self.averages.get(name.removesuffix("+bn"), _fedavg()),
+
+        def strategy_of(method: Method, averaging: Strategy) -> ReBasinStrategy:
+            return ReBasinStrategy(
+                averaging,
                 model=model,
                 example_inputs=example,
                 align=method.align,
                 finish=method.finish,
                 guard=method.guard,
             )
+
+        methods = ALWAYS | {name: METHODS[name] for name in settings.methods if name != BEST_BODY}
+        self.strategies = {
+            name: strategy_of(method, self.averages.get(name.removesuffix("+bn"), _fedavg()))
             for name, method in methods.items()
         }
+        if BEST_BODY in settings.methods:
+            for client in range(settings.clients):
+                inner = OneClient(client)
+                self.strategies[body_row(client)] = strategy_of(METHODS[BEST_BODY], inner)
 
     def first_round(self) -> tuple[Recorder, dict[str, Aggregate]]:
         """Train once; merge the same replies with every strategy."""
@@ -152,6 +160,16 @@ class _Server:
             missing = settings.clients - len(recorded.replies)
             raise FederationError(f"{missing} of {settings.clients} clients failed: {reasons}")
         return result.arrays, result.train_metrics_clientapp[1]
+
+
+def body_row(client: int) -> str:
+    """Return the name of the result with one client's body and the joint head."""
+    return f"body-{client}+head"
+
+
+def is_body_row(name: str) -> bool:
+    """Whether a result is that of one client's body and the joint head."""
+    return name.startswith("body-")
 
 
 def _fedavg() -> FedAvg:

@@ -18,8 +18,10 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "simulations" / "cifar100_split.py"
 PACKED = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
 WITH_BARRIER = {"naive", "naive+bn", "rebasin", "rebasin+bn"}
-CONTINUED = {"naive+lsq", "rebasin+lsq", "rebasin+guard"}
-CONTROLS = {"client-0", "client-1", "best-client-debiased", "ensemble-prob", "ensemble-logit"}
+CONTINUED = {"naive+lsq", "rebasin+lsq", "naive+head", "rebasin+lsq+head", "rebasin+guard"}
+CONTROLS = {"client-0", "client-1", "best-client-debiased", "ensemble-prob", "ensemble-logit"} | {
+    "best-body+head"
+}
 METHODS = WITH_BARRIER | CONTINUED | CONTROLS | {"oracle"}
 OPTIONS = ["--epochs", "2", "--rounds", "2", "--init", "shared", "--methods", "all"]
 
@@ -77,7 +79,9 @@ def test_each_round_reports_every_method_that_takes_part(finished: tuple[Results
     (only,) = finished[0]["runs"]
     first, second = only["rounds"]
     assert [first["round"], second["round"]] == [1, 2]
-    assert first.keys() - second.keys() == {"rebasin-activation+bn", "rebasin-ste+bn"}
+    matched_otherwise = {"rebasin-activation+bn", "rebasin-ste+bn", "rebasin+head"}
+    bodies = {"body-0+head", "body-1+head"}
+    assert first.keys() - second.keys() == matched_otherwise | bodies
     for name in {"naive+bn", "rebasin+bn", *CONTINUED}:
         # The table shows the models after the last round.
         assert only["methods"][name]["joint_accuracy"] == second[name]["joint_accuracy"]
@@ -86,6 +90,9 @@ def test_each_round_reports_every_method_that_takes_part(finished: tuple[Results
     assert first["rebasin+bn"]["train"]["batchnorm-clients"] == 2
     assert first["rebasin+lsq"]["train"]["least-squares-clients"] == 2
     assert second["naive+bn"]["train"]["batchnorm-clients"] == 2
+    assert first["rebasin+lsq+head"]["train"]["joint-head-messages"] == 10
+    best = max(first[name]["joint_accuracy"] for name in bodies)
+    assert only["methods"]["best-body+head"]["joint_accuracy"] == best
 
 
 @pytest.mark.parametrize(
