@@ -165,10 +165,23 @@ def shifted(question: str, key: str, values: Any) -> Callable[[Answer], Answer]:
     return lambda app: changing(app, question, lambda content: put(content, "answer", key, values))
 
 
+def times_a_thousand(content: RecordDict) -> None:
+    """The sums of a client whose features are a thousand times as large; consistent otherwise."""
+    arrays = content.array_records["answer"]
+    scale = np.full((len(arrays["gram"].numpy()), 1), 1e3)
+    scale[-1] = 1
+    put(content, "answer", "gram", arrays["gram"].numpy() * scale * scale.T)
+    put(content, "answer", "class-sums", arrays["class-sums"].numpy() * scale)
+
+
 LIES: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "vast-gram": (scaled("joint_head_features", "gram", 1e40), "gram is not finite or too large"),
     "negative-gram": (scaled("joint_head_features", "gram", -1.0), "negative diagonal"),
     "larger-class-sums": (scaled("joint_head_features", "class-sums", 50.0), "not all examples"),
+    "larger-features": (
+        lambda app: changing(app, "joint_head_features", times_a_thousand),
+        "the mean square of its features is",
+    ),
     "single": (
         shifted("joint_head_features", "gram", np.zeros((2, 2), dtype=np.float32)),
         "gram is torch.float32 of shape",

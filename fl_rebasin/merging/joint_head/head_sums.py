@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ MAX_COUNT = 1e15
 """More examples than any client can have."""
 MAX_ENTRY = 1e30
 """Larger sums could overflow when they are added up."""
+MAX_SCALE = 10.0
+"""A client whose features have a mean square this many times the median is dropped."""
 ROUNDING = 1e-3
 """Relative error that the bounds on sums allow for, since features are in single precision."""
 
@@ -203,6 +206,27 @@ def _check_bound(key: str, sums: Tensor, gram: Tensor, mass: Tensor) -> None:
     bound = torch.outer(gram.diagonal(), mass).sqrt()
     if bool((sums.abs() > bound * (1 + ROUNDING) + ROUNDING).any()):
         raise ValueError(f"{key} holds a sum beyond what its examples allow")
+
+
+def with_usual_scale(known: dict[int, FeatureSums]) -> tuple[dict[int, FeatureSums], list[str]]:
+    """Return the clients whose features have a usual scale, and what is wrong with the others.
+
+    All clients compute their features with the same body. A mean square far above the (lower)
+    median over clients would let a client outweigh the others.
+    """
+    scales = {
+        client: float(sums.gram.diagonal()[:-1].sum() / sums.gram[-1, -1])
+        for client, sums in known.items()
+    }
+    limit = MAX_SCALE * median_low(scales.values()) if scales else 0.0
+    usual = {client: sums for client, sums in known.items() if scales[client] <= limit}
+    problems = [
+        f"{FEATURES.subject} of client {client} dropped: the mean square of its features is "
+        f"{scales[client]:.3g}, at most {limit:.3g} is usual"
+        for client in known
+        if client not in usual
+    ]
+    return usual, problems
 
 
 def pooled_features(sums: Sequence[FeatureSums]) -> FeatureSums:

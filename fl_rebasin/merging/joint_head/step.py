@@ -23,6 +23,7 @@ from fl_rebasin.merging.joint_head.head_sums import (
     pooled_heads,
     read_features,
     read_head,
+    with_usual_scale,
 )
 from fl_rebasin.merging.joint_head.solver import PENALTY, Point, Search
 from fl_rebasin.state_dicts import StateDict, like
@@ -87,8 +88,8 @@ class _Fit:
     def __call__(self, merged: StateDict, clients: Clients) -> Finished:
         """Fit the head to the clients' features and labels."""
         started = time.perf_counter()
-        known, cost = self._features(merged, clients)
-        problems: list[str] = []
+        sent, cost = self._features(merged, clients)
+        known, problems = with_usual_scale(sent)
         best: Point | None = None
         search: Search | None = None
         head = self._head(merged)
@@ -138,7 +139,7 @@ class _Fit:
         for client, tensors in answers.by_client.items():
             try:
                 valid[client] = read_head(tensors, known[client])
-            except (ValueError, KeyError) as error:  # A client may send anything.
+            except Exception as error:  # A client may send anything.
                 problems.append(f"{HEAD.subject} of client {client} dropped: {error}")
         return valid, answers.cost, problems
 
