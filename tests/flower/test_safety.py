@@ -18,6 +18,7 @@ from federation import (
     one_round,
     prepare,
     replies_of,
+    strategy_for,
     tensors,
 )
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -51,19 +52,9 @@ def flower(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     prepare(monkeypatch, caplog)
 
 
-def strategy_for(inner: Strategy, **options: Any) -> ReBasinStrategy:
-    return ReBasinStrategy(
-        inner,
-        model=ZOO[NET].build(),
-        example_inputs=ZOO[NET].inputs(),
-        finish=[],
-        **options,
-    )
-
-
 @cache
 def averaging(**options: Any) -> ReBasinStrategy:
-    return strategy_for(FedAvg(), **options)
+    return strategy_for(NET, finish=[], **options)
 
 
 def a_round(strategy: Strategy, model: State, replies: list[Message]) -> Aggregate:
@@ -276,7 +267,7 @@ class TakesOne(FedAvg):
 @pytest.mark.parametrize("shaped", [False, True])
 def test_an_array_may_declare_no_dtype_and_no_shape(dtype: str, shaped: bool) -> None:
     """Its payload has both."""
-    strategy = strategy_for(TakesOne())
+    strategy = strategy_for(NET, TakesOne(), finish=[])
     reply = replied(1, metrics=COUNTED)
     record = reply.content["arrays"]
     for key, array in list(record.items()):
@@ -296,7 +287,7 @@ def test_a_rejected_aggregate_does_not_change_the_state_of_the_strategy(
 ) -> None:
     def with_momentum() -> ReBasinStrategy:
         inner = FedAvgM(server_momentum=0.9, server_learning_rate=2.0)
-        return strategy_for(inner, align=align)
+        return strategy_for(NET, inner, align=align, finish=[])
 
     strategy = with_momentum()
     huge = {k: v * 0 - 3e38 if v.is_floating_point() else v for k, v in start().items()}
@@ -422,7 +413,7 @@ def test_an_aggregate_that_is_not_finite_is_rejected(caplog: pytest.LogCaptureFi
             arrays["8.bias"] = Array(np.full(4, np.inf, np.float32))
             return arrays, metrics
 
-    arrays, _ = a_round(strategy_for(Overflowing()), start(), [valid(1), valid(2)])
+    arrays, _ = a_round(strategy_for(NET, Overflowing(), finish=[]), start(), [valid(1), valid(2)])
     assert arrays is None
     assert "round 1: the aggregated model holds NaN or infinite values" in caplog.text
 
