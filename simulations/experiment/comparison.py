@@ -12,7 +12,7 @@ from torch import Tensor
 from experiment.curves import curves
 from experiment.data import Dataset
 from experiment.evaluation import Evaluator, Row, debiased, ensemble
-from experiment.methods import BEST_BODY
+from experiment.methods import BEST_BODY, UNTRAINED_BODY
 from experiment.progress import progress_writer
 from experiment.seeding import client_parts, derived_seed, shared_model
 from experiment.server import Federation, is_body_row, run_federation
@@ -91,24 +91,27 @@ def _client_rows(
 
 
 def _merged_rows(evaluator: Evaluator, federation: Federation) -> dict[str, Row]:
-    """Measure the merged models; a model that the last round has measured is not measured again."""
-    last = federation.rounds[-1]
+    """Measure the merged models; a model that the last round has measured is not measured again.
+
+    The controls with a joint head are those of the first round, of the clients trained apart.
+    """
     rows = {}
     for name, state in federation.merged.items():
-        if is_body_row(name):
-            continue
-        known = {key: value for key, value in last.get(name, {}).items() if key != "train"}
-        rows[name] = known or evaluator.measure(state)
+        if not is_body_row(name):
+            rows[name] = _measured(federation.rounds[-1], name) or evaluator.measure(state)
     first = federation.rounds[0]
-    bodies = [
-        {key: value for key, value in row.items() if key != "train"}
-        for name, row in first.items()
-        if is_body_row(name)
-    ]
+    if UNTRAINED_BODY in first:
+        rows[UNTRAINED_BODY] = _measured(first, UNTRAINED_BODY)
+    bodies = [_measured(first, name) for name in first if is_body_row(name)]
     if bodies:
         # The strongest control: the body that is best on the test set.
         rows[BEST_BODY] = max(bodies, key=lambda row: row["joint_accuracy"])
     return rows
+
+
+def _measured(entry: dict[str, Any], name: str) -> Row:
+    """Return what a round has measured of a method; empty if the method took no part."""
+    return {key: value for key, value in entry.get(name, {}).items() if key != "train"}
 
 
 def _ensemble_rows(

@@ -25,6 +25,9 @@ GUARD = "rebasin+guard"
 BEST_BODY = "best-body+head"
 """A control: the joint head on the body of one client's model, for the client that is best."""
 
+UNTRAINED_BODY = "untrained-body+head"
+"""A control: the joint head on the initial model, which has never been trained."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -50,6 +53,7 @@ METHODS = {
     "rebasin+head": Method(_ALIGN, (BatchNorm(), JointHead())),
     "rebasin+lsq+head": Method(_ALIGN, (*_FIT, JointHead())),
     BEST_BODY: Method(None, (JointHead(),)),
+    UNTRAINED_BODY: Method(None, (BatchNorm(), JointHead())),
     GUARD: Method(_ALIGN, _FIT, Guard()),
 }
 """The methods that the user can choose."""

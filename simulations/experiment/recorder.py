@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
@@ -36,6 +37,28 @@ class OneClient(FedAvg):
         """Aggregate the reply of one client only."""
         own = [reply for reply in replies if client_number(reply) == self.client]
         return super().aggregate_train(server_round, own)
+
+
+class InitialModel(FedAvg):
+    """Returns the model that the round started from instead of the average."""
+
+    def __init__(self) -> None:
+        super().__init__(fraction_evaluate=0.0)
+        self._initial = ArrayRecord()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Keep the global model."""
+        self._initial = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the metrics only."""
+        _, metrics = super().aggregate_train(server_round, replies)
+        return self._initial, metrics
 
 
 class Recorder(WrappedStrategy):

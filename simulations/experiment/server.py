@@ -12,8 +12,15 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from experiment.data import Dataset
 from experiment.errors import FederationError
-from experiment.methods import ALWAYS, BEST_BODY, CONTINUED, METHODS, Method
-from experiment.recorder import ModelState, OneClient, Recorder
+from experiment.methods import (
+    ALWAYS,
+    BEST_BODY,
+    CONTINUED,
+    METHODS,
+    UNTRAINED_BODY,
+    Method,
+)
+from experiment.recorder import InitialModel, ModelState, OneClient, Recorder
 from experiment.seeding import shared_model
 from experiment.settings import Settings
 from fl_rebasin.flower import ReBasinStrategy
@@ -112,14 +119,16 @@ class _Server:
             )
 
         methods = ALWAYS | {name: METHODS[name] for name in settings.methods if name != BEST_BODY}
+        inner = {**self.averages, UNTRAINED_BODY: InitialModel()}
         self.strategies = {
-            name: strategy_of(method, self.averages.get(name.removesuffix("+bn"), _fedavg()))
+            name: strategy_of(method, inner.get(name.removesuffix("+bn"), _fedavg()))
             for name, method in methods.items()
         }
         if BEST_BODY in settings.methods:
             for client in range(settings.clients):
-                inner = OneClient(client)
-                self.strategies[body_row(client)] = strategy_of(METHODS[BEST_BODY], inner)
+                self.strategies[body_row(client)] = strategy_of(
+                    METHODS[BEST_BODY], OneClient(client)
+                )
 
     def first_round(self) -> tuple[Recorder, dict[str, Aggregate]]:
         """Train once; merge the same replies with every strategy."""

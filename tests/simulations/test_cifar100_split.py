@@ -20,7 +20,8 @@ PACKED = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
 WITH_BARRIER = {"naive", "naive+bn", "rebasin", "rebasin+bn"}
 CONTINUED = {"naive+lsq", "rebasin+lsq", "naive+head", "rebasin+lsq+head", "rebasin+guard"}
 CONTROLS = {"client-0", "client-1", "best-client-debiased", "ensemble-prob", "ensemble-logit"} | {
-    "best-body+head"
+    "best-body+head",
+    "untrained-body+head",
 }
 METHODS = WITH_BARRIER | CONTINUED | CONTROLS | {"oracle"}
 OPTIONS = ["--epochs", "2", "--rounds", "2", "--init", "shared", "--methods", "all"]
@@ -81,7 +82,8 @@ def test_each_round_reports_every_method_that_takes_part(finished: tuple[Results
     assert [first["round"], second["round"]] == [1, 2]
     matched_otherwise = {"rebasin-activation+bn", "rebasin-ste+bn", "rebasin+head"}
     bodies = {"body-0+head", "body-1+head"}
-    assert first.keys() - second.keys() == matched_otherwise | bodies
+    controls = bodies | {"untrained-body+head"}
+    assert first.keys() - second.keys() == matched_otherwise | controls
     for name in {"naive+bn", "rebasin+bn", *CONTINUED}:
         # The table shows the models after the last round.
         assert only["methods"][name]["joint_accuracy"] == second[name]["joint_accuracy"]
