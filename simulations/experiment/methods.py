@@ -52,7 +52,7 @@ METHODS = {
     "naive+head": Method(None, (BatchNorm(), JointHead())),
     "rebasin+head": Method(_ALIGN, (BatchNorm(), JointHead())),
     "rebasin+lsq+head": Method(_ALIGN, (*_FIT, JointHead())),
-    BEST_BODY: Method(None, (JointHead(),)),
+    BEST_BODY: Method(None, (BatchNorm(), JointHead())),
     UNTRAINED_BODY: Method(None, (BatchNorm(), JointHead())),
     GUARD: Method(_ALIGN, _FIT, Guard()),
 }
