@@ -58,7 +58,11 @@ def form_candidates(
     Returns:
         The candidates by name, and what the questions to the clients cost.
     """
-    round_clients = RoundClients(current.grid, {client.node: client.reply for client in clients})
+    round_clients = RoundClients(
+        current.grid,
+        {client.node: client.reply for client in clients},
+        weights={client.node: client.weight for client in clients},
+    )
     candidates: dict[str, Candidate] = {}
     costs: list[Costs] = []
     for place, (name, permutations) in enumerate(alignments.items(), 1):

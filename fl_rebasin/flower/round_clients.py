@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
@@ -27,12 +28,15 @@ class RoundClients:
         grid: the ServerApp's grid.
         replies: the valid training reply of each node, without its model.
         models: the aligned model of each node, if a step needs them.
+        weights: the weight of each node's training reply; an answer counts for at most as many
+            examples.
         counts: label counts that have been read, by metric.
     """
 
     grid: Grid
     replies: Mapping[int, Message]
     models: Mapping[int, StateDict] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict)
     counts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     @property
@@ -61,6 +65,10 @@ class RoundClients:
             for node, request in requests.items()
         }
         return ask(self.grid, question, contents, read)
+
+    def examples(self, client: int) -> float:
+        """Return the weight of a node's training reply, which no answer may exceed."""
+        return self.weights.get(client, math.inf)
 
     def label_counts(self, metric: str, classes: int) -> dict[int, Tensor]:
         """Return the label counts of the nodes that report valid ones.

@@ -265,7 +265,7 @@ class ReBasinStrategy(WrappedStrategy):
         arrays, _ = aggregate(self.strategy, current.arrays, current.number, replies)
         if arrays is None:
             return None, metrics
-        round_clients = RoundClients(current.grid, mean.replies)
+        round_clients = RoundClients(current.grid, mean.replies, weights=mean.weights)
         (variant,), costs = self._finishing.apply(arrays, round_clients, current.number)
         return variant.arrays, MetricRecord({**metrics, **own, **_as_metrics(costs)})
 

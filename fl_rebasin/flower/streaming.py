@@ -55,10 +55,12 @@ class RunningMean:
 
     Attributes:
         replies: the reply of each node whose model was added, without the model.
+        weights: the weight of each of these nodes.
     """
 
     def __init__(self, arrays: ArrayRecord) -> None:
         self.replies: dict[int, Message] = {}
+        self.weights: dict[int, float] = {}
         self._arrays = arrays
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._weight = 0.0
@@ -75,6 +77,7 @@ class RunningMean:
             self._sums[key] = self._sums[key] + part if key in self._sums else part
         self._weight += client.weight
         self.replies[client.node] = client.reply
+        self.weights[client.node] = client.weight
 
     def finish(self, strategy: Strategy) -> tuple[Message, MetricRecord]:
         """Return one reply with the mean, and the metrics that a strategy aggregates from all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,9 @@ class Clients(Protocol):
     ) -> Answers[Answer]:
         """Ask clients a question; leave out answers that `read` rejects."""
 
+    def examples(self, client: int) -> float:
+        """Return the most examples that a client's sums may count for."""
+
     def label_counts(self, metric: str, classes: int) -> dict[int, Tensor]:
         """Return how many training examples of each class the clients report in a metric."""
 
@@ -168,6 +172,10 @@ class LocalClients:
             tensors = question.answer(copy.deepcopy(self._model), self._data[client], kept)
             answers[client] = read({key: value.cpu() for key, value in tensors.items()})
         return Answers(answers, Cost(len(answers), time.perf_counter() - started, bytes=0))
+
+    def examples(self, client: int) -> float:
+        """Return infinity: these clients are trusted."""
+        return math.inf
 
     def label_counts(self, metric: str, classes: int) -> dict[int, Tensor]:
         """Raise `ValueError`: metrics are what Flower's clients report."""

@@ -206,6 +206,20 @@ def test_impossible_sums_are_dropped_and_named(case: str, caplog: pytest.LogCapt
     assert_same(found, in_one_place([5, 8]), rtol=1e-3, atol=1e-4)
 
 
+def test_a_client_has_no_more_weight_than_the_examples_of_its_reply() -> None:
+    """Ten times the data, all else equal, counts as the data once."""
+    honest = data()
+    repeated = {**honest, ODD_NODE: 10 * honest[ODD_NODE]}
+    found, _ = finished(federation(NET, repeated), finish=[JointHead()])
+    expected, _ = finished(federation(NET, honest), finish=[JointHead()])
+    assert loss_of(found, [5, 8]) == pytest.approx(loss_of(expected, [5, 8]), rel=0.02)
+    strategy = strategy_for(NET, finish=[JointHead()])
+    vast = {**WEIGHTS, ODD_NODE: 10 * WEIGHTS[ODD_NODE]}
+    world, model = federation(NET, repeated), random_state(ZOO[NET], 0)
+    heavy, _ = run_round(strategy, world, model, strangers(NET, SIZES), vast)
+    assert loss_of(heavy, [5, 8]) > 1.05 * loss_of(found, [5, 8])
+
+
 def test_where_no_client_answers_the_model_is_the_one_before() -> None:
     silent = Federation(dict.fromkeys(SIZES))
     found, metrics = finished(silent, finish=[JointHead()])

@@ -58,7 +58,7 @@ class HeadSums:
     probability_sums: Tensor
     squares: Tensor
     losses: Tensor
-    held_back: int
+    held_back: float
 
 
 def _features(model: nn.Module, layer: str, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
@@ -229,19 +229,29 @@ def with_usual_scale(known: dict[int, FeatureSums]) -> tuple[dict[int, FeatureSu
     return usual, problems
 
 
-def pooled_features(sums: Sequence[FeatureSums]) -> FeatureSums:
-    """Return the sums over all clients."""
+def share_of(sums: FeatureSums, examples: float) -> float:
+    """Return the factor by which a client's sums count, so that it has at most its examples."""
+    return min(1.0, examples / float(sums.gram[-1, -1]))
+
+
+def pooled_features(sums: Sequence[FeatureSums], shares: Sequence[float]) -> FeatureSums:
+    """Return the sums over all clients, each times its share."""
     return FeatureSums(
-        torch.stack([each.gram for each in sums]).sum(0),
-        torch.stack([each.class_sums for each in sums]).sum(0),
+        _weighted_sum([each.gram for each in sums], shares),
+        _weighted_sum([each.class_sums for each in sums], shares),
     )
 
 
-def pooled_heads(sums: Sequence[HeadSums]) -> HeadSums:
-    """Return the sums over all clients."""
+def pooled_heads(sums: Sequence[HeadSums], shares: Sequence[float]) -> HeadSums:
+    """Return the sums over all clients, each times its share."""
     return HeadSums(
-        torch.stack([each.probability_sums for each in sums]).sum(0),
-        torch.stack([each.squares for each in sums]).sum(0),
-        torch.stack([each.losses for each in sums]).sum(0),
-        sum(each.held_back for each in sums),
+        _weighted_sum([each.probability_sums for each in sums], shares),
+        _weighted_sum([each.squares for each in sums], shares),
+        _weighted_sum([each.losses for each in sums], shares),
+        sum(each.held_back * share for each, share in zip(sums, shares, strict=True)),
     )
+
+
+def _weighted_sum(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    pairs = zip(tensors, shares, strict=True)
+    return torch.stack([tensor * share for tensor, share in pairs]).sum(0)

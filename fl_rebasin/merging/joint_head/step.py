@@ -23,6 +23,7 @@ from fl_rebasin.merging.joint_head.head_sums import (
     pooled_heads,
     read_features,
     read_head,
+    share_of,
     with_usual_scale,
 )
 from fl_rebasin.merging.joint_head.solver import PENALTY, Point, Search
@@ -103,8 +104,10 @@ class _Fit:
             if len(asked) < len(known):
                 # The objective is another one without the clients that did not answer.
                 known, search, best = {node: known[node] for node in asked}, None, None
-            features = pooled_features(list(known.values()))
-            point = self._point(head, features, pooled_heads(list(asked.values())))
+            shares = [share_of(known[client], clients.examples(client)) for client in known]
+            features = pooled_features(list(known.values()), shares)
+            answers = [asked[client] for client in known]
+            point = self._point(head, features, pooled_heads(answers, shares))
             tried += 1
             if best is None or point.held_back < best.held_back:
                 best = point
