@@ -174,6 +174,24 @@ def times_a_thousand(content: RecordDict) -> None:
     put(content, "answer", "class-sums", arrays["class-sums"].numpy() * scale)
 
 
+def correlated_beyond_one(content: RecordDict) -> None:
+    """Two features that correlate by more than 1."""
+    values = content.array_records["answer"]["gram"].numpy().copy()
+    values[0, 1] = values[1, 0] = 2 * (values[0, 0] * values[1, 1]) ** 0.5 + 1
+    put(content, "answer", "gram", values)
+
+
+def first_feature(question: str, key: str) -> Callable[[Answer], Answer]:
+    """Add to the sums of one feature what no example can add."""
+
+    def change(content: RecordDict) -> None:
+        values = content.array_records["answer"][key].numpy().copy()
+        values[0] += 1e6
+        put(content, "answer", key, values)
+
+    return lambda app: changing(app, question, change)
+
+
 LIES: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "vast-gram": (scaled("joint_head_features", "gram", 1e40), "gram is not finite or too large"),
     "negative-gram": (scaled("joint_head_features", "gram", -1.0), "negative diagonal"),
@@ -181,6 +199,18 @@ LIES: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "larger-features": (
         lambda app: changing(app, "joint_head_features", times_a_thousand),
         "the mean square of its features is",
+    ),
+    "impossible-class-sums": (
+        first_feature("joint_head_features", "class-sums"),
+        "class-sums holds a sum beyond what its examples allow",
+    ),
+    "impossible-probability-sums": (
+        first_feature("joint_head", "probability-sums"),
+        "probability-sums holds a sum beyond what its examples allow",
+    ),
+    "impossible-gram": (
+        lambda app: changing(app, "joint_head_features", correlated_beyond_one),
+        "X^T X has an entry beyond what its diagonal allows",
     ),
     "single": (
         shifted("joint_head_features", "gram", np.zeros((2, 2), dtype=np.float32)),
