@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_ten_messages_bring_most_of_the_gain() -> None:
     few = mean_loss(fit_joint_head(model, model.state_dict(), data), x, y)
     many = mean_loss(fit_joint_head(model, model.state_dict(), data, JointHead(200)), x, y)
     assert start - few > 0.95 * (start - many)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_start_worse_than_no_features_costs_one_message(bias: bool) -> None:
+    """From such a head the search starts from the label prior instead."""
+    model, data = net(bias=bias), clouds(UNEVEN)
+    x, y = features(model, data)
+    bad = {
+        key: 40 * value if key == "2.weight" else value for key, value in model.state_dict().items()
+    }
+    zero = {**bad, "2.weight": torch.zeros_like(bad["2.weight"])}
+    assert mean_loss(bad, x, y) > mean_loss(zero, x, y)
+    few = mean_loss(fit_joint_head(model, bad, data, JointHead(11)), x, y)
+    many = mean_loss(fit_joint_head(model, bad, data, JointHead(200)), x, y)
+    assert few - many < 0.1 * (math.log(4) - many)
 
 
 def test_data_of_clients_count_as_if_they_were_in_one_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,11 @@ class _Fit:
             tried += 1
             if best is None or point.held_back < best.held_back:
                 best = point
+            fresh, loss = self._uninformed(features, head)
+            if tried == 1 and point.loss > loss:
+                # A head that is worse than no features at all is a bad start.
+                head = fresh
+                continue
             search = self._begin(features, point) if search is None else search.after(point)
             head = search.next_head()
         cost = replace(cost, seconds=time.perf_counter() - started)
@@ -153,6 +159,22 @@ class _Fit:
         if self.bias is not None:
             bias = merged[self.bias].detach().double().cpu()
         return torch.cat([weight, bias[None]])
+
+    def _uninformed(self, features: FeatureSums, head: Tensor) -> tuple[Tensor, float]:
+        """Return the head that ignores the features, and its loss, -sum_c p_c log p_c.
+
+        p is the label prior of all clients; without a bias the best such head is uniform. Rows of
+        classes without examples are those of `head`.
+        """
+        counts = features.class_sums[-1]
+        seen = counts > 0
+        prior = counts / counts.sum()
+        logs = torch.where(seen, prior.clamp_min(1e-300).log(), 0.0)
+        if self.bias is None:
+            logs = torch.zeros_like(logs)
+        fresh = torch.cat([torch.zeros_like(head[:-1]), logs[None]])
+        loss = math.log(int(seen.sum())) if self.bias is None else -float((prior * logs).sum())
+        return torch.where(seen, fresh, head), loss
 
     def _with_head(self, merged: StateDict, head: Tensor) -> dict[str, Tensor]:
         new = {**merged, self.weight: head[:-1].T.contiguous().to(merged[self.weight])}
