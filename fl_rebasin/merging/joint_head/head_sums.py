@@ -18,13 +18,10 @@ from torch.nn import functional as F
 
 from fl_rebasin.forward import evaluating, forward_hooks, inputs_and_labels
 from fl_rebasin.merging.clients import Question, Request, Tensors
+from fl_rebasin.merging.sum_checks import MAX_COUNT, check_gram, check_sum
 
 HELD_BACK_EVERY = 10
 """Every tenth example of a client is held back, to decide which head is best."""
-MAX_COUNT = 1e15
-"""More examples than any client can have."""
-MAX_ENTRY = 1e30
-"""Larger sums could overflow when they are added up."""
 MAX_SCALE = 10.0
 """A client whose features have a mean square this many times the median is dropped."""
 ROUNDING = 1e-3
@@ -181,22 +178,13 @@ def read_head(tensors: Tensors, known: FeatureSums) -> HeadSums:
 
 def _checked(tensors: Tensors, key: str, shape: tuple[int, ...]) -> Tensor:
     value = tensors[key]
-    if value.dtype != torch.float64 or tuple(value.shape) != shape:
-        raise ValueError(
-            f"{key} is {value.dtype} of shape {tuple(value.shape)}, expected float64 of shape "
-            f"{shape}"
-        )
-    if not bool((value.abs() <= MAX_ENTRY).all()):  # Written so that NaN fails.
-        raise ValueError(f"{key} is not finite or too large")
+    check_sum(key, value, shape)
     return value
 
 
 def _check_gram(gram: Tensor) -> None:
-    if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-6 * float(gram.abs().max())):
-        raise ValueError("X^T X is not symmetric")
+    check_gram("X^T X", gram)
     diagonal = gram.diagonal()
-    if float(diagonal.min()) < 0:
-        raise ValueError("X^T X has a negative diagonal")
     bound = torch.outer(diagonal, diagonal).sqrt()
     if bool((gram.abs() > bound * (1 + ROUNDING) + ROUNDING).any()):
         raise ValueError("X^T X has an entry beyond what its diagonal allows")

@@ -24,11 +24,7 @@ from fl_rebasin.merging.least_squares.steps import (
     checked,
     steps_from_json,
 )
-
-MAX_COUNT = 1e15
-"""More samples than any client can have: sums of more are invalid."""
-MAX_ENTRY = 1e30
-"""Larger sums could overflow when they are added up."""
+from fl_rebasin.merging.sum_checks import MAX_COUNT, check_gram, check_sum
 
 
 def _layer_sums(model: nn.Module, batches: Iterable[Any], request: Request) -> Tensors:
@@ -105,30 +101,13 @@ def read_sums(tensors: Tensors, model: nn.Module, steps: Sequence[Step]) -> dict
     for step in steps:
         sums = {key: tensors[f"{step.layer}/{key}"] for key in expected[step.layer]}
         for key, value in sums.items():
-            _check_sum(f"{step.layer}: {key}", value, expected[step.layer][key])
+            check_sum(f"{step.layer}: {key}", value, expected[step.layer][key])
             if key in step.nonnegative and float(value.min()) < 0:
                 raise ValueError(f"{step.layer}: {key} is negative")
         count = float(sums["count"])
         if not 0 < count <= MAX_COUNT:
             raise ValueError(f"{step.layer}: {count} is not a number of samples")
         if "gram" in sums:
-            _check_gram(step.layer, sums["gram"])
+            check_gram(f"{step.layer}: X^T X", sums["gram"])
         found[step.layer] = sums
     return found
-
-
-def _check_sum(what: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if value.dtype != torch.float64 or tuple(value.shape) != shape:
-        raise ValueError(
-            f"{what} is {value.dtype} of shape {tuple(value.shape)}, expected float64 of shape "
-            f"{shape}"
-        )
-    if not bool((value.abs() <= MAX_ENTRY).all()):  # Written so that NaN fails.
-        raise ValueError(f"{what} is not finite or too large")
-
-
-def _check_gram(layer: str, gram: Tensor) -> None:
-    if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-6 * float(gram.abs().max())):
-        raise ValueError(f"{layer}: X^T X is not symmetric")
-    if float(gram.diagonal().min()) < 0:
-        raise ValueError(f"{layer}: X^T X has a negative diagonal")
