@@ -48,12 +48,12 @@ def last_layer(model: nn.Module, inputs: Any) -> tuple[str, str | None]:
             own = [module._parameters.get(key) for key in ("weight", "bias")]
             if own[0] is None or any(uses[id(each)] > 1 for each in own):
                 raise ValueError(
-                    f"label counts need a last layer with a weight of its own: {name or 'it'} "
+                    f"labels need a last layer with a weight of its own: {name or 'it'} "
                     "shares or computes its weight"
                 )
             prefix = f"{name}." if name else ""
             return f"{prefix}weight", None if module.bias is None else f"{prefix}bias"
-    raise ValueError("label counts need a model that returns the output of a linear layer")
+    raise ValueError("labels need a model that returns the output of a linear layer")
 
 
 def check_counts(counts: Tensor, classes: int) -> None:
